@@ -1,0 +1,63 @@
+"""The Policy contract: everything that turns observations into action chunks is one of these."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..data import ActionChunk, Contract, Observation
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One session asks for its next chunk.
+
+    Attributes:
+        session: name of the episode or robot; state that a policy keeps is kept per session.
+        observation: what is seen now.
+        prefix: actions already committed for the coming steps, if any.
+        delay: control steps that will have been executed before the answer can take effect.
+        samples: how many chunks to draw.
+    """
+
+    session: str
+    observation: Observation
+    prefix: ActionChunk | None = None
+    delay: int = 0
+    samples: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A policy's answer.
+
+    Attributes:
+        chunk: what to do.
+        foresight: camera name -> uint8 (H, W, 3), the frame expected after the executed part; absent when not asked for.
+        value: the policy's own estimate of success, where it has one.
+        timing: stage -> milliseconds.
+    """
+
+    chunk: ActionChunk
+    foresight: dict[str, np.ndarray] | None = None
+    value: float | None = None
+    timing: dict[str, float] = field(default_factory=dict)
+
+
+class Policy(ABC):
+    """Turns requests into plans. Answers are a function of (seed, step of the session, observation) alone: the same
+    for any batch composition and any number of workers."""
+
+    contract: Contract
+
+    @abstractmethod
+    def reset(self, session: str, seed: int) -> None:
+        """Begin an episode: forget the session's state and key its noise by ``seed``."""
+
+    @abstractmethod
+    def plan(self, requests: list[Request]) -> list[Plan]:
+        """Answer a batch of requests, in order."""
+
+    def act(self, request: Request) -> Plan:
+        """``plan`` of one."""
+        return self.plan([request])[0]
