@@ -1,0 +1,64 @@
+# Triune: `make quickstart` and `make test` work from a fresh clone; both create .venv themselves.
+
+SHELL := /bin/bash
+PYTHON ?= python3.12
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv quickstart test check lint format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make venv        create $(VENV) with everything pinned by constraints.txt"
+	@echo "make quickstart  record, train, evaluate: a report in runs/quickstart"
+	@echo "make test        the tests that finish in minutes"
+	@echo "make check       all tests"
+	@echo "make lint        ruff and mypy"
+	@echo "make format      let ruff format and sort imports"
+	@echo "make bench       benchmarks into eval/results"
+	@echo "make clean       remove caches and build folders (never runs/ or $(VENV))"
+
+venv: $(STAMP)
+
+# The stamp is newer than what it was made from, so a second `make venv` does nothing.
+# opencv-python (robosuite asks for it) and opencv-python-headless (lerobot asks for it) own the same files: the
+# headless one goes last, because it needs neither libGL nor a display.
+$(STAMP): pyproject.toml constraints.txt
+	@.ci/libraries || true
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: install Python 3.12, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "creating $(VENV) (some minutes, about 7 GB)"; $(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[all,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --force-reinstall --no-deps opencv-python-headless
+	@mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/triune
+	@touch $@
+
+quickstart: venv
+	@.ci/libraries
+	@$(BIN)/vla quickstart
+
+test: venv
+	@.ci/libraries
+	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile -m "not slow" $(ARGS)
+
+check: venv
+	@.ci/libraries
+	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
+
+lint: venv
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: venv
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: venv
+	@$(BIN)/vla bench
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
