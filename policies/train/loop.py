@@ -1,0 +1,250 @@
+"""The training loop: one for every kind of recipe.
+
+A run is a function of its settings: ``batch(index)`` is a pure function, the global generator is seeded per micro-batch
+by (seed, index), learning rate and moving average are functions of the step. So a run that is killed at any moment and
+resumed continues as if nothing had happened: bit for bit in fp32 on the CPU.
+"""
+
+import contextlib
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from .logs import RunLog
+from .optim import TrainConfig, learning_rate, resolve_device, resolve_precision
+from .state import TrainState, load_state, publish, step_folders
+
+__all__ = ["Hook", "StepReport", "Task", "TrainConfig", "step_seed", "train"]
+
+
+class Task(Protocol):
+    """What a kind of recipe brings: a module, its data and its losses.
+
+    Attributes:
+        module: holds every parameter; those with ``requires_grad`` are trained, the others never meet the optimizer.
+    """
+
+    module: nn.Module
+
+    def batch(self, index: int) -> Any:
+        """Micro-batch ``index`` (0, 1, ...), a pure function of it: tensors, or dicts, lists and tuples of them, on the CPU.
+
+        Called in a thread of its own, so it must not draw from torch's or numpy's global generators; ``step_seed`` gives seeds.
+        """
+
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Scalars by name; ``loss`` is minimised, the others are logged. May draw noise from torch's global generator."""
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the deployable files into ``folder`` (new, empty; published when whole). ``weights``: the trained tensors by name."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a hook is told after a step.
+
+    Attributes:
+        step: optimizer steps done so far.
+        losses: loss term -> value at this step.
+        lr: learning rate of this step.
+        checkpoint: the checkpoint written at this step, if one was.
+    """
+
+    step: int
+    losses: dict[str, float]
+    lr: float
+    checkpoint: Path | None
+
+
+Hook = Callable[[StepReport], None]
+
+
+def step_seed(seed: int, index: int) -> int:
+    """A 63-bit seed for ``index`` of a run: well mixed, so that neighbours share nothing."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def train(task: Task, config: TrainConfig, out: Path, resume: bool = False, hooks: Sequence[Hook] = ()) -> Path:
+    """Train ``task.module`` and return the final checkpoint's folder.
+
+    Writes ``log.jsonl``, ``tensorboard/`` and ``checkpoints/{step-000400, last}`` into ``out``. SIGTERM and Ctrl-C finish
+    the step, save, and exit with code 128 + signal; a second Ctrl-C ends at once.
+
+    Raises:
+        UserError: ``out`` holds a run already and ``resume`` is not set, or the reverse; the settings are not those of the
+            run to resume; a loss or the gradient is not finite (nothing is updated or saved then).
+    """
+    begin(out, resume)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    dtype = resolve_precision(config.precision, device)
+    task.module.to(device).train()
+    state = TrainState.create(task.module, config)
+    saved = step_folders(out)
+    if saved:
+        load_state(saved[-1], state, config)
+    if state.step >= config.steps:
+        return saved[-1]
+    checkpoint: Path | None = None
+    ahead = prefetch(task.batch, state.step * config.accumulate, config.steps * config.accumulate)
+    with RunLog(out, config.steps, state.step) as log, ahead as batches, stopping() as stop:
+        while state.step < config.steps:
+            lr = learning_rate(config, state.step)
+            values, seconds = step_once(task, state, config, batches, lr, device, dtype)
+            state.step += 1
+            if state.ema:
+                state.ema.update(state.step)
+            state.meter.add(values | seconds)
+            if state.step % config.log_every == 0 or state.step == config.steps:
+                log.write(state.step, {"lr": lr, **state.meter.take()})
+            log.advance(state.step)
+            stopped = list(stop)  # a signal that comes from here on is answered after the next step, with a checkpoint of that step
+            due = state.step % config.save_every == 0 or state.step == config.steps or bool(stopped)
+            checkpoint = publish(out, task.save, state, config) if due else None
+            for hook in hooks:
+                hook(StepReport(state.step, values, lr, checkpoint))
+            if stopped and state.step < config.steps:
+                log.say(f"stopped after step {state.step}, saved as {checkpoint}; the same command with --resume continues")
+                raise SystemExit(128 + stopped[0])
+    return step_folders(out)[-1]
+
+
+def step_once(
+    task: Task, state: TrainState, config: TrainConfig, batches: Iterator[Any], lr: float, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One optimizer step. Returns the loss terms with ``grad_norm``, and the milliseconds spent on waiting for data and on computing."""
+    waited, began = 0.0, time.perf_counter()
+    sums: dict[str, Tensor] = {}
+    for micro in range(config.accumulate):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        torch.manual_seed(step_seed(config.seed, state.step * config.accumulate + micro))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            losses = task.losses(to_device(batch, device))
+        (losses["loss"] / config.accumulate).backward()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0) + value.detach().float() / config.accumulate
+    limit = float("inf") if config.clip is None else config.clip
+    sums["grad_norm"] = nn.utils.clip_grad_norm_(state.parameters.values(), limit).float()
+    values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+    refuse_non_finite(values, state.step + 1)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    total = time.perf_counter() - began
+    return values, {"data_ms": 1e3 * waited, "compute_ms": 1e3 * (total - waited)}
+
+
+def refuse_non_finite(values: dict[str, float], step: int) -> None:
+    """Stop before a broken update reaches the weights.
+
+    Raises:
+        UserError: naming the step and the terms.
+    """
+    broken = [f"'{name}' is {value}" for name, value in values.items() if not np.isfinite(value)]
+    if broken:
+        raise UserError(
+            f"training stopped at step {step}: {', '.join(broken)}; nothing of this step was kept. "
+            "Look at the data of that step, lower train.lr or train.clip, or use train.precision=fp32, then start anew or resume from the last checkpoint"
+        )
+
+
+def begin(out: Path, resume: bool) -> None:
+    """Make the run folder, or see that it is the one to resume.
+
+    Raises:
+        UserError: ``resume`` without a run, or a run without ``resume``.
+    """
+    saved, begun = step_folders(out), (out / "log.jsonl").exists()
+    if resume and not begun and not saved:
+        raise UserError(f"there is no run to resume in {out}; check --out, or leave out --resume to begin one")
+    if saved and not resume:
+        raise UserError(f"{out} already holds a run ({saved[-1].name}); pass --resume to continue it, or choose another --out")
+    if begun and not resume:
+        (out / "log.jsonl").unlink()  # a run that ended before its first checkpoint: nothing of it is of use
+    out.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def prefetch(batch: Callable[[int], Any], start: int, end: int, depth: int = 2) -> Iterator[Iterator[Any]]:
+    """The batches ``start`` .. ``end - 1`` in order, made ahead of time by one thread. Its errors come out where the batch was due."""
+    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
+    closing = threading.Event()
+
+    def put(item: tuple[Any, BaseException | None]) -> None:
+        while not closing.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            for index in range(start, end):
+                if closing.is_set():
+                    return
+                put((batch(index), None))
+        except BaseException as error:  # handed to the consumer, which raises it
+            put((None, error))
+
+    def take() -> Iterator[Any]:
+        for _ in range(start, end):
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            yield item
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        yield take()
+    finally:
+        closing.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[list[int]]:
+    """A list that SIGTERM or the first Ctrl-C puts its signal number into; a second one has its usual effect."""
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield caught  # only the main thread may handle signals
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """``batch`` with every tensor in its dicts, lists and tuples on ``device``; anything else as it is."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        moved = [to_device(value, device) for value in batch]
+        return moved if isinstance(batch, list) else tuple(moved)
+    return batch

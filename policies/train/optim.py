@@ -1,0 +1,156 @@
+"""How weights are updated: settings, parameter groups, learning rate, moving average, precision. All pure functions of the step."""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from ...config import Strict
+from ...errors import UserError
+
+
+class TrainConfig(Strict):
+    """The ``train:`` section of every recipe.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: samples per micro-batch; the task reads it.
+        accumulate: micro-batches per optimizer step.
+        lr: peak learning rate.
+        lr_scale: parameter name prefix -> factor on ``lr``; the longest prefix that fits wins, so that one expert can learn slower than another.
+        warmup: steps of linear rise from 0 to ``lr``.
+        schedule: what follows the warm-up.
+        final: last learning rate of the cosine, as a fraction of ``lr``.
+        weight_decay: decoupled decay (AdamW), on parameters of two or more dimensions only.
+        clip: largest global gradient norm; ``null`` for none.
+        ema: decay of the weights' moving average, which is what a checkpoint deploys; 0 deploys the raw weights.
+        precision: type of matrix products; weights stay as they are. ``auto`` is bf16 where the hardware multiplies it natively.
+        device: where the module is moved.
+        threads: CPU threads of torch; ``null`` leaves them alone.
+        seed: the run is a function of it.
+        log_every: steps per log line (losses are means over them).
+        save_every: steps per checkpoint; the last step is always saved.
+        keep: newest checkpoints that stay on disk.
+    """
+
+    steps: PositiveInt
+    batch_size: PositiveInt = 32
+    accumulate: PositiveInt = 1
+    lr: PositiveFloat = 1e-3
+    lr_scale: dict[str, NonNegativeFloat] = {}
+    warmup: NonNegativeInt = 0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final: float = Field(0.0, ge=0, le=1)
+    weight_decay: NonNegativeFloat = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    clip: PositiveFloat | None = 1.0
+    ema: float = Field(0.999, ge=0, lt=1)
+    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    threads: PositiveInt | None = None
+    seed: int = Field(0, ge=0)
+    log_every: PositiveInt = 10
+    save_every: PositiveInt = 1000
+    keep: PositiveInt = 2
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of ``step`` (0 is the first)."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name.
+
+    Raises:
+        UserError: nothing is trainable.
+    """
+    found = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not found:
+        raise UserError("there is nothing to train: every parameter of the model is frozen; unfreeze an expert in the spec")
+    return found
+
+
+def learned_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Persistent buffers outside frozen parts: a part is frozen if it holds parameters and none of them learns."""
+    parameters = dict(module.named_parameters())
+    holding = {prefix for name in parameters for prefix in _prefixes(name)}
+    learning = {prefix for name, parameter in parameters.items() if parameter.requires_grad for prefix in _prefixes(name)}
+    frozen = holding - learning
+    state = {name: value for name, value in module.state_dict().items() if name not in dict(module.named_parameters(remove_duplicate=False))}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and not frozen.intersection(_prefixes(name))}
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) over ``parameters`` in groups that share factor and decay; each group carries its ``scale``.
+
+    Raises:
+        UserError: a prefix in ``lr_scale`` fits no parameter.
+    """
+    for prefix in config.lr_scale:
+        if not any(name.startswith(prefix) for name in parameters):
+            roots = ", ".join(sorted({name.split(".")[0] for name in parameters}))
+            raise UserError(f"train.lr_scale: no trained parameter begins with '{prefix}'; the trained parts are {roots}")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        fitting = max((prefix for prefix in config.lr_scale if name.startswith(prefix)), key=len, default=None)
+        scale = 1.0 if fitting is None else config.lr_scale[fitting]
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    options = [{"params": members, "scale": scale, "weight_decay": decay} for (scale, decay), members in groups.items()]
+    return torch.optim.AdamW(options, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+class Ema:
+    """Exponential moving average of parameters, warmed up so that a short run is not an average with its initial weights:
+    after n updates the decay is ``min(decay, (1 + n) / (10 + n))``."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.parameters = parameters
+        self.average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after ``step`` updates (counted from 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is a GPU when one is present.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    present = torch.cuda.is_available()
+    if name == "cuda" and not present:
+        raise UserError("train.device is 'cuda' but torch finds no GPU here; use train.device=cpu or auto")
+    return torch.device("cuda" if name != "cpu" and present else "cpu")
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bf16 on a GPU and on CPUs that multiply it natively (AMX or AVX512-BF16), else fp32."""
+    if name == "auto":
+        name = "bf16" if (torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_multiplies_bf16()) else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def _cpu_multiplies_bf16() -> bool:
+    info = Path("/proc/cpuinfo")  # Linux only; elsewhere fp32 is the safe answer
+    flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.is_file() else ""
+    return bool({"amx_bf16", "avx512_bf16"} & set(flags.split()))
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]

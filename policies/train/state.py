@@ -1,0 +1,152 @@
+"""Checkpoints of a run: the deployable folder, and beside it in ``training/`` all that continues the run. Safetensors and JSON only.
+
+``checkpoints/step-000400/`` holds what the task saves, and ``training/{state.safetensors, state.json}``:
+weights, moving average, optimizer moments, learned buffers; step, settings, running means and the sha256 of the tensors.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ..files import atomic_folder, remove, replace_link, sha256
+from .logs import Meter
+from .optim import Ema, TrainConfig, learned_buffers, make_optimizer, trainable
+
+FREE = ("log_every", "save_every", "keep", "threads", "device")  # settings that may change when a run is resumed
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class TrainState:
+    """All that a run is, besides its settings and data."""
+
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.AdamW
+    ema: Ema | None
+    meter: Meter
+    step: int = 0
+
+    @classmethod
+    def create(cls, module: nn.Module, config: TrainConfig) -> "TrainState":
+        parameters = trainable(module)
+        ema = Ema(parameters, config.ema) if config.ema else None
+        return cls(module, parameters, make_optimizer(parameters, config), ema, Meter())
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is deployed, by name: trained parameters (their moving average, where there is one) and learned buffers, on the CPU."""
+        source: dict[str, Tensor] = dict(self.ema.average) if self.ema else dict(self.parameters)
+        return _on_cpu({**source, **learned_buffers(self.module)})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that changes in training, flat, on the CPU."""
+        out: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in self.parameters.items()}
+        out |= {f"buffer.{name}": buffer for name, buffer in learned_buffers(self.module).items()}
+        out |= {f"ema.{name}": average for name, average in self.ema.average.items()} if self.ema else {}
+        for name, parameter in self.parameters.items():
+            moments = self.optimizer.state.get(parameter, {})  # empty until the parameter has had a gradient
+            out |= {f"{key}.{name}": moments[key] for key in _MOMENTS if key in moments}
+        return _on_cpu(out)
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of ``tensors``. Values are copied into the memory that the module already uses.
+
+        Raises:
+            UserError: the tensors are of another model.
+        """
+        own: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in self.parameters.items()}
+        own |= {f"buffer.{name}": buffer for name, buffer in learned_buffers(self.module).items()}
+        own |= {f"ema.{name}": average for name, average in self.ema.average.items()} if self.ema else {}
+        found = {name for name in tensors if name.split(".", 1)[0] in ("model", "buffer", "ema")}
+        odd = sorted(found ^ set(own)) or sorted(name for name in found if own[name].shape != tensors[name].shape)
+        if odd:
+            raise UserError(f"the checkpoint's training state is of another model ('{odd[0]}' differs); resume with the recipe and spec that began the run")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        for name, parameter in self.parameters.items():
+            if f"exp_avg.{name}" in tensors:
+                moments = {key: tensors[f"{key}.{name}"].clone() for key in _MOMENTS}
+                self.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+
+
+def step_folders(out: Path) -> list[Path]:
+    """The run's checkpoints, oldest first. A folder has this name only when it is whole."""
+    return sorted((p for p in (out / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)), key=lambda p: int(p.name[5:]))
+
+
+def save_state(folder: Path, state: TrainState, config: TrainConfig) -> None:
+    """Write ``training/`` into a checkpoint folder that is being made."""
+    training = folder / "training"
+    training.mkdir()
+    save_file(state.tensors(), training / "state.safetensors")
+    facts = {
+        "step": state.step,
+        "sha256": sha256(training / "state.safetensors"),
+        "train": config.model_dump(mode="json"),
+        "meter": {"sums": state.meter.sums, "count": state.meter.count},
+        "torch": str(torch.__version__),
+    }
+    (training / "state.json").write_text(json.dumps(facts, indent=2))
+
+
+def load_state(folder: Path, state: TrainState, config: TrainConfig) -> None:
+    """Continue from a checkpoint.
+
+    Raises:
+        UserError: the training state is missing or damaged, or of other settings or another model.
+    """
+    path = folder / "training" / "state.safetensors"
+    way_out = "delete that folder to resume from the checkpoint before it"
+    try:
+        facts: dict[str, Any] = json.loads((path.with_name("state.json")).read_text())
+        if sha256(path) != facts["sha256"]:
+            raise UserError(f"{path} is damaged (its sha256 is not the one in state.json); {way_out}")
+        refuse_changes(facts["train"], config.model_dump(mode="json"), folder)
+        state.restore(load_file(path))
+        state.step, state.meter = facts["step"], Meter(**facts["meter"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"the training state in {path.parent} cannot be read ({error}); {way_out}") from None
+
+
+def refuse_changes(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
+    """Refuse to resume with ``train:`` settings that would make another run. A constant schedule may be lengthened or shortened.
+
+    Raises:
+        UserError: naming each changed key with both values.
+    """
+    free = {*FREE, "steps"} if old.get("schedule") == new.get("schedule") == "constant" else {*FREE}
+    changed = [key for key in {**old, **new} if key not in free and old.get(key) != new.get(key)]
+    if changed:
+        listed = ", ".join(f"train.{key} was {old.get(key)} and is {new.get(key)}" for key in changed)
+        raise UserError(f"{where} cannot be resumed with other settings: {listed}; give the old values, or start a new run with another --out")
+
+
+def publish(out: Path, save: Callable[[Path, dict[str, Tensor]], None], state: TrainState, config: TrainConfig) -> Path:
+    """Write the checkpoint of the present step, move ``last`` to it, and delete what exceeds ``keep``.
+
+    Args:
+        save: the task's ``save(folder, weights)``.
+    """
+    path = out / "checkpoints" / f"step-{state.step:06d}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(path) as folder:
+        save(folder, state.weights())
+        save_state(folder, state, config)
+    replace_link(path.parent / "last", path.name)
+    for old in step_folders(out)[: -config.keep]:
+        remove(old)
+    return path
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
