@@ -1,0 +1,5 @@
+"""Foresight: what comes next, encoded, predicted, scored and decoded."""
+
+from .latent import LatentForesight
+
+__all__ = ["LatentForesight"]

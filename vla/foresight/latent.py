@@ -1,0 +1,94 @@
+"""Foresight by regression of a frozen autoencoder's latents (the way of InternVLA-A1, one forward, no sampling)."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import UserError
+from ..spec import LatentHead
+from ..weights.references import resolve_weights
+
+
+class LatentForesight(nn.Module):
+    """Learned queries in, patches of the future frame's latents out.
+
+    The autoencoder is referenced, never saved: it is frozen and kept out of this module's parameters.
+
+    Raises:
+        UserError: the stream's length is not the number of latent patches of the cameras.
+    """
+
+    def __init__(self, head: LatentHead, width: int, length: int) -> None:
+        super().__init__()
+        self.head = head
+        autoencoder = _load(head.autoencoder)
+        object.__setattr__(self, "autoencoder", autoencoder)
+        self.channels: int = autoencoder.config.latent_channels
+        self.mean, self.std = _scales(autoencoder)
+        with torch.no_grad():
+            self.grid = autoencoder.encode(torch.zeros(1, 3, head.image_size, head.image_size)).latents.shape[-1]
+        per_camera = (self.grid // head.patch) ** 2
+        if self.grid % head.patch or per_camera * len(head.cameras) != length:
+            raise UserError(
+                f"the foresight stream needs {per_camera * len(head.cameras)} tokens ({len(head.cameras)} cameras, {self.grid}x{self.grid} latents in patches of {head.patch}), its length is {length}"
+            )
+        self.queries = nn.Parameter(torch.randn(length, width) * 0.02)
+        self.out = nn.Linear(width, self.channels * head.patch**2)
+
+    def tokens(self, batch: int) -> Float[Tensor, "B T D"]:
+        return self.queries[None].expand(batch, -1, -1)
+
+    def predict(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T P"]:
+        return self.out(hidden)
+
+    @torch.no_grad()
+    def encode(self, images: UInt8[Tensor, "B V 3 Y X"]) -> Float[Tensor, "B T P"]:
+        """Target patches of the cameras' frames, normalised per latent channel."""
+        size = self.head.patch
+        pixels = images.flatten(0, 1).float() / 127.5 - 1.0
+        latents = (self.autoencoder.encode(pixels).latents - self._of(self.mean, pixels)) / self._of(self.std, pixels)
+        patches = latents.unfold(2, size, size).unfold(3, size, size)  # (B*V, K, h, w, p, p)
+        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        return patches.unflatten(0, (images.shape[0], -1)).flatten(1, 2)
+
+    @torch.no_grad()
+    def decode(self, patches: Float[Tensor, "B T P"]) -> UInt8[Tensor, "B V 3 Y X"]:
+        """Frames of (predicted) patches: the inverse of ``encode`` up to the autoencoder's own loss."""
+        size, side, views = self.head.patch, self.grid // self.head.patch, len(self.head.cameras)
+        x = patches.unflatten(1, (views, side, side)).unflatten(-1, (self.channels, size, size)).flatten(0, 1)
+        latents = x.permute(0, 3, 1, 4, 2, 5).reshape(-1, self.channels, self.grid, self.grid)
+        latents = latents * self._of(self.std, latents) + self._of(self.mean, latents)
+        pixels = self.autoencoder.decode(latents.float()).sample
+        return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).unflatten(0, (-1, views))
+
+    @staticmethod
+    def loss(predicted: Float[Tensor, "B T P"], target: Float[Tensor, "B T P"]) -> Float[Tensor, ""]:
+        return F.mse_loss(predicted, target)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LatentForesight":
+        """Move the autoencoder with the module, which does not own it."""
+        super()._apply(fn, recurse)
+        self.autoencoder._apply(fn)
+        return self
+
+    def _of(self, values: Tensor, like: Tensor) -> Tensor:
+        return values.to(like.device, like.dtype)[:, None, None]
+
+
+def _load(reference: str) -> Any:
+    """The referenced diffusers autoencoder (AutoencoderTiny), frozen, in fp32."""
+    from diffusers import AutoencoderTiny
+
+    folder = resolve_weights(reference, "autoencoder")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no diffusers autoencoder (no config.json); train one with `vla train autoencoder`")
+    autoencoder = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32)
+    return autoencoder.eval().requires_grad_(False)
+
+
+def _scales(autoencoder: Any) -> tuple[Tensor, Tensor]:
+    config = autoencoder.config
+    return torch.tensor(config.latents_mean), torch.tensor(config.latents_std)

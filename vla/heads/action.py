@@ -1,0 +1,49 @@
+"""Actions and proprioception in and out of the backbone."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..flow import sinusoid
+
+
+class StateEncoder(nn.Module):
+    """Normalised proprioception (B, S) -> one token (B, 1, D)."""
+
+    def __init__(self, state_dim: int, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(state_dim, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, state: Float[Tensor, "B S"]) -> Float[Tensor, "B 1 D"]:
+        return self.mlp(state)[:, None]
+
+
+class ActionHead(nn.Module):
+    """Noisy action chunks to tokens, hidden states to velocities.
+
+    With ``concat_time`` the flow time joins each action by an MLP (pi0); otherwise the expert's norms carry it (pi0.5).
+    """
+
+    def __init__(self, action_dim: int, width: int, concat_time: bool) -> None:
+        super().__init__()
+        self.width, self.concat_time = width, concat_time
+        self.into = nn.Linear(action_dim, width)
+        self.mix = nn.Sequential(nn.Linear(2 * width if concat_time else width, width), nn.SiLU(), nn.Linear(width, width))
+        self.out = nn.Linear(width, action_dim)
+
+    def encode(self, noisy: Float[Tensor, "B C A"], time: Float[Tensor, "B C"]) -> Float[Tensor, "B C D"]:
+        x = self.into(noisy)
+        if self.concat_time:
+            x = torch.cat([x, sinusoid(time, self.width).to(x.dtype)], dim=-1)
+        return self.mix(x)
+
+    def velocity(self, hidden: Float[Tensor, "B C D"]) -> Float[Tensor, "B C A"]:
+        return self.out(hidden)
+
+    @staticmethod
+    def loss(velocity: Float[Tensor, "B C A"], target: Float[Tensor, "B C A"], mask: Tensor, kind: str) -> Float[Tensor, ""]:
+        """Mean error over the present chunk steps; ``mask`` (B, C) is False where the episode had ended."""
+        error = F.l1_loss(velocity, target, reduction="none") if kind == "l1" else F.mse_loss(velocity, target, reduction="none")
+        weight = mask[..., None].to(error.dtype).expand_as(error)
+        return (error * weight).sum() / weight.sum().clamp(min=1)

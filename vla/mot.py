@@ -1,0 +1,149 @@
+"""The Mixture-of-Transformers loop: every layer, each expert projects its own tokens, all attend once, each finishes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .attention import attend, rotary
+from .experts.base import Expert
+from .graph import Graph
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A stream's input to the backbone.
+
+    Attributes:
+        x: embeddings (B, T, D) in the width of the stream's expert.
+        positions: rotary position ids (B, T).
+        present: (B, T) bool, or None where every token is present.
+        time: flow time (B, T), where the expert is conditioned on it.
+    """
+
+    x: Tensor
+    positions: Tensor
+    present: Tensor | None = None
+    time: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class KV:
+    """A stream's rotated keys and values, (B, G, T, H) per layer, kept for later phases.
+
+    Attributes:
+        keys, values: one tensor per layer.
+        present: (B, T) bool, or None where every token is present.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    present: Tensor | None = None
+
+
+Cache = Mapping[str, KV]
+
+
+class MoT(nn.Module):
+    """Experts joined by shared masked attention, layer i with layer i."""
+
+    def __init__(self, graph: Graph, experts: Mapping[str, Expert]) -> None:
+        super().__init__()
+        self.graph = graph
+        self.space = graph.spec.space
+        self.experts = nn.ModuleDict(experts)  # type: ignore[arg-type]  # a Protocol over nn.Modules
+        self.depth = next(iter(experts.values())).depth
+
+    def forward(self, tokens: Mapping[str, Tokens], cache: Cache, keep: Sequence[str] = (), outputs: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, KV]]:
+        """Run the live streams ``tokens``, which may read each other and the streams in ``cache``.
+
+        Args:
+            keep: live streams whose keys and values are returned for later phases.
+            outputs: live streams whose final hidden states are returned; without any, the last layer stops at its keys.
+
+        Returns:
+            final hidden states (B, T, D) of ``outputs``; KV of ``keep``.
+        """
+        owners = self._owners(tokens)
+        live = [name for names in owners.values() for name in names]
+        past = [name for name in self.graph.names if name in cache and any((row, name) in self.graph.edges for row in live)]
+        lengths = [tokens[name].x.shape[1] for name in live]
+        reads = self._reads(live, past, tokens, cache)
+
+        x = {e: torch.cat([tokens[n].x for n in names], dim=1) for e, names in owners.items()}
+        phase = {e: self._phase([tokens[n] for n in names], x[e]) for e, names in owners.items()}
+        condition = {e: self.experts[e].condition(_joined_time([tokens[n] for n in names])) for e, names in owners.items()}
+        kept: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in keep}
+
+        for layer in range(self.depth):
+            projected = [self.experts[e].project(layer, x[e], phase[e], condition[e]) for e in owners]
+            q, k, v = (torch.cat(part, dim=2).split(lengths, dim=2) for part in zip(*projected, strict=True))
+            keys = {n: cache[n].keys[layer] for n in past} | dict(zip(live, k, strict=True))
+            values = {n: cache[n].values[layer] for n in past} | dict(zip(live, v, strict=True))
+            for name in keep:
+                kept[name][0].append(keys[name])
+                kept[name][1].append(values[name])
+            if layer == self.depth - 1 and not outputs:
+                break
+            attended = self._attend(dict(zip(live, q, strict=True)), keys, values, reads)
+            for e, names in owners.items():
+                x[e] = self.experts[e].finish(layer, x[e], torch.cat([attended[n] for n in names], dim=1), condition[e])
+
+        hidden = self._outputs(owners, x, condition, tokens, outputs)
+        return hidden, {n: KV(tuple(ks), tuple(vs), tokens[n].present) for n, (ks, vs) in kept.items()}
+
+    def _owners(self, tokens: Mapping[str, Tokens]) -> dict[str, list[str]]:
+        """Expert -> its live streams, both in the spec's order."""
+        streams = self.graph.spec.streams
+        owners = {e: [n for n in self.graph.names if n in tokens and streams[n].expert == e] for e in self.graph.spec.experts}
+        return {e: names for e, names in owners.items() if names}
+
+    def _reads(self, live: list[str], past: list[str], tokens: Mapping[str, Tokens], cache: Cache) -> list["_Read"]:
+        """Live rows grouped by the columns that are detached for them, each group with its mask."""
+        present = {n: cache[n].present for n in past} | {n: tokens[n].present for n in live}
+        device = tokens[live[0]].x.device
+        groups: dict[frozenset[str], list[str]] = {}
+        for row in live:
+            detached = frozenset(c for c in past + live if (e := self.graph.edges.get((row, c))) and e.detach)
+            groups.setdefault(detached, []).append(row)
+        out = []
+        for detached, rows in groups.items():
+            cols = [c for c in past + live if any((r, c) in self.graph.edges or r == c for r in rows)]
+            out.append(_Read(rows, cols, detached, self.graph.mask(rows, cols, present, device)))
+        return out
+
+    def _attend(self, q: Mapping[str, Tensor], k: Mapping[str, Tensor], v: Mapping[str, Tensor], reads: list["_Read"]) -> dict[str, Tensor]:
+        attended: dict[str, Tensor] = {}
+        for read in reads:
+            keys = torch.cat([k[c].detach() if c in read.detached else k[c] for c in read.cols], dim=2)
+            values = torch.cat([v[c].detach() if c in read.detached else v[c] for c in read.cols], dim=2)
+            out = attend(torch.cat([q[r] for r in read.rows], dim=2), keys, values, read.mask)
+            attended |= dict(zip(read.rows, out.split([q[r].shape[2] for r in read.rows], dim=1), strict=True))
+        return attended
+
+    def _phase(self, streams: list[Tokens], x: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary(torch.cat([s.positions for s in streams], dim=1), self.space.head_dim, self.space.rope_theta)
+
+    def _outputs(self, owners: dict[str, list[str]], x: dict[str, Tensor], condition: dict[str, Tensor | None], tokens: Mapping[str, Tokens], outputs: Sequence[str]) -> dict[str, Tensor]:
+        hidden: dict[str, Tensor] = {}
+        for e, names in owners.items():
+            if any(n in outputs for n in names):
+                final = self.experts[e].final(x[e], condition[e]).split([tokens[n].x.shape[1] for n in names], dim=1)
+                hidden |= {n: h for n, h in zip(names, final, strict=True) if n in outputs}
+        return hidden
+
+
+@dataclass(frozen=True)
+class _Read:
+    rows: list[str]
+    cols: list[str]
+    detached: frozenset[str]
+    mask: Tensor | None
+
+
+def _joined_time(streams: list[Tokens]) -> Tensor | None:
+    """Flow time of an expert's live tokens; tokens without one are clean data, t = 1."""
+    if all(s.time is None for s in streams):
+        return None
+    return torch.cat([s.time if s.time is not None else torch.ones_like(s.positions, dtype=torch.float32) for s in streams], dim=1)

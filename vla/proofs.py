@@ -1,0 +1,215 @@
+"""The four proofs that every spec must pass, and an overfit check; ``vla model check`` runs them.
+
+1. gradient probe: a token has a non-zero gradient exactly to the tokens that the graph reaches;
+2. cache equivalence: phases with caches equal one joint forward;
+3. expert parity: a pretrained expert alone equals the transformers model it came from;
+4. frozen: a frozen expert's parameters are bit-identical after training steps and hold neither gradients nor optimizer state.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .experts import PretrainedVLM
+from .flow import draw_times
+from .graph import Graph
+from .model import Inputs, Model, Targets, build
+from .mot import Tokens
+from .spec import load_spec
+
+TOLERANCE = 1e-5
+"""Largest absolute difference allowed between two ways to compute the same thing in fp32."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A random batch for a model: two observations, the second with a shorter prompt."""
+
+    inputs: Inputs
+    targets: Targets
+    noise: Tensor
+    time: Tensor
+
+
+def probe(model: Model, batch: int = 2, seed: int = 0) -> Probe:
+    """A random batch that fits ``model``; a function of ``seed``."""
+    rng = torch.Generator().manual_seed(seed)
+    spec = model.spec
+    actions = spec.streams[model.action_stream]
+    head = spec.heads[model.action_stream]
+    ids, present = _prompt(model, batch, rng)
+    size = max([h.image_size for h in spec.heads.values() if h.kind == "latent"], default=96)
+    images = torch.randint(0, 256, (batch, len(spec.cameras), 3, size, size), generator=rng, dtype=torch.uint8)
+    shape = (batch, actions.length, head.action_dim if head.kind == "flow" else 0)
+    inputs = Inputs(images, ids, present, torch.randn(batch, spec.state_dim, generator=rng))
+    targets = Targets(torch.randn(shape, generator=rng), torch.ones(shape[:2], dtype=torch.bool), images)
+    time = draw_times((batch, 1), "uniform", rng).expand(shape[:2])
+    return Probe(inputs, targets, torch.randn(shape, generator=rng), time)
+
+
+def gradient_probe(model: Model, tokens_per_stream: int = 3) -> list[str]:
+    """Mismatches between real gradients and the closure of the graph, as sentences; empty when the proof holds.
+
+    Detached edges carry no gradient, so what they carry forward is probed by perturbing the column's embeddings.
+    """
+    model = model.eval()
+    data = probe(model, batch=1)
+    tokens = model.embed(model.graph.names, Inputs(data.inputs.images, data.inputs.ids, None, data.inputs.state), data.targets.actions, data.time)
+    leaves = {n: t.x.detach().clone().requires_grad_() for n, t in tokens.items()}
+    hidden = _joint(model, tokens, leaves)
+    depth = model.mot.depth
+    by_gradient, by_value = model.graph.reaches(depth, gradient=True), model.graph.reaches(depth)
+    starts = _starts(model.graph)
+    wrong: list[str] = []
+    for row in model.graph.names:
+        length = model.spec.streams[row].length
+        for i in sorted({0, length // 2, length - 1, *range(min(tokens_per_stream, length))}):
+            weights = torch.randn(hidden[row].shape[-1], generator=torch.Generator().manual_seed(i))
+            gradients = torch.autograd.grad((hidden[row][0, i] * weights).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+            seen = torch.cat([_touched(g, leaf) for g, leaf in zip(gradients, leaves.values(), strict=True)])
+            wrong += _differences(model.graph, row, i, seen, by_gradient[starts[row] + i], "gradient")
+    for col in sorted({c for (_, c), e in model.graph.edges.items() if e.detach}):
+        with torch.no_grad():
+            moved = _joint(model, tokens, leaves | {col: leaves[col] + 1.0})
+        for row in model.graph.names:
+            changed = (moved[row] - hidden[row]).abs().amax(-1)[0] > 0
+            reach = by_value[starts[row] : starts[row] + len(changed), starts[col] : starts[col] + leaves[col].shape[1]].any(1)
+            if not torch.equal(changed, reach):
+                wrong.append(f"{row}: {int(changed.sum())} tokens change with {col}, the graph says {int(reach.sum())}")
+    return wrong
+
+
+@torch.no_grad()
+def cache_equivalence(model: Model) -> float:
+    """Largest difference between phase-by-phase execution and the joint forward, over velocity and foresight."""
+    model = model.eval()
+    data = probe(model)
+    velocity, foresight = model.joint(data.inputs, data.noise, data.time)
+    cache, cached_foresight = model.observe(data.inputs)
+    cached = model.velocity(data.inputs, data.noise, data.time, cache)
+    pairs = [(velocity, cached)] + [(foresight[n], cached_foresight[n]) for n in foresight]
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+@torch.no_grad()
+def expert_parity(model: Model) -> float | None:
+    """Largest difference of logits between each pretrained expert alone in our loop and transformers' own forward.
+
+    None where the spec has no pretrained expert.
+    """
+    model = model.eval()
+    worst = None
+    for name, stream in model.spec.streams.items():
+        expert = model.mot.experts[stream.expert]
+        if stream.tokens != "prompt" or not isinstance(expert, PretrainedVLM):
+            continue
+        data = probe(model).inputs
+        assert data.images is not None and data.ids is not None and data.present is not None
+        hidden, _ = model.mot(model.embed([name], data), {}, outputs=[name])
+        ours = expert.logits(hidden[name])
+        pixels = data.images.float() / 127.5 - 1.0
+        theirs = expert.model(input_ids=data.ids, attention_mask=data.present.long(), pixel_values=pixels).logits
+        worst = max(worst or 0.0, float((ours - theirs)[data.present].abs().max()))
+    return worst
+
+
+def frozen(model: Model, steps: int = 3) -> list[str]:
+    """What went wrong with frozen experts over a few optimizer steps, as sentences; empty when the proof holds."""
+    model = model.train()
+    optimizer = torch.optim.AdamW(list(model.trained().values()), lr=1e-3)
+    held = {name: p for e, config in model.spec.experts.items() if config.frozen for name, p in model.mot.experts[e].named_parameters(prefix=e)}
+    before = {name: p.detach().clone() for name, p in held.items()}
+    data = probe(model)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model.losses(data.inputs, data.targets, data.noise, data.time)["loss"].backward()
+        optimizer.step()
+    wrong = [f"{name} changed" for name, p in held.items() if not torch.equal(p, before[name])]
+    wrong += [f"{name} holds a gradient" for name, p in held.items() if p.grad is not None]
+    return wrong + [f"{name} has optimizer state" for name, p in held.items() if p in optimizer.state]
+
+
+def overfit(model: Model, steps: int = 60) -> float:
+    """Loss on one batch after ``steps`` optimizer steps over the loss before: a model that learns is well under 0.5."""
+    model = model.train()
+    optimizer = torch.optim.AdamW(list(model.trained().values()), lr=3e-3, weight_decay=0.0)
+    data = probe(model)
+    with torch.no_grad():
+        cache = {n: kv for n, kv in model.observe(data.inputs)[0].items() if _constant(model, n)}
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model.losses(data.inputs, data.targets, data.noise, data.time, cache)["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses[-1] / losses[0]
+
+
+def check(names: list[str]) -> dict[str, list[dict[str, object]]]:
+    """Run every proof over the specs ``names``; rows as ``vla model check --json`` prints them."""
+    return {"rows": [_row(name) for name in names]}
+
+
+def _row(name: str) -> dict[str, object]:
+    spec = load_spec(name)
+    wrong_gradients = gradient_probe(build(spec))
+    difference, parity = cache_equivalence(build(spec)), expert_parity(build(spec))
+    wrong_frozen, ratio = frozen(build(spec)), overfit(build(spec))
+    passed = not wrong_gradients and difference < TOLERANCE and (parity is None or parity < TOLERANCE) and not wrong_frozen and ratio < 0.5
+    return {
+        "spec": spec.name,
+        "graph_hash": Graph(spec).hash(),
+        "gradient_probe": wrong_gradients or "ok",
+        "cache_equivalence": difference,
+        "expert_parity": parity,
+        "frozen": wrong_frozen or "ok",
+        "overfit": ratio,
+        "passed": passed,
+    }
+
+
+def _constant(model: Model, stream: str) -> bool:
+    """Whether a stream is the work of frozen experts alone."""
+    return model.spec.experts[model.spec.streams[stream].expert].frozen
+
+
+def _prompt(model: Model, batch: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random prompt ids with the image tokens of all views in front, and their presence (the second row is shorter)."""
+    name, stream = next((n, s) for n, s in model.spec.streams.items() if s.tokens == "prompt")
+    expert = model.mot.experts[model.spec.streams[name].expert]
+    config = expert.model.config
+    image = torch.full((expert.image_tokens * len(model.spec.cameras),), config.image_token_id)
+    text = torch.randint(0, config.text_config.vocab_size, (batch, stream.length - len(image)), generator=rng)
+    text = torch.where(text == config.image_token_id, (text + 1) % config.text_config.vocab_size, text)
+    present = torch.ones(batch, stream.length, dtype=torch.bool)
+    present[1:, -(text.shape[1] // 2) :] = False
+    return torch.cat([image.expand(batch, -1), text], dim=1), present
+
+
+def _joint(model: Model, tokens: dict[str, Tokens], x: dict[str, Tensor]) -> dict[str, Tensor]:
+    live = {n: Tokens(x[n], t.positions, t.present, t.time) for n, t in tokens.items()}
+    return model.mot(live, {}, outputs=model.graph.names)[0]
+
+
+def _starts(graph: Graph) -> dict[str, int]:
+    starts, total = {}, 0
+    for name in graph.names:
+        starts[name] = total
+        total += graph.spec.streams[name].length
+    return starts
+
+
+def _touched(gradient: Tensor | None, leaf: Tensor) -> Tensor:
+    return (gradient[0] != 0).any(-1) if gradient is not None else torch.zeros(leaf.shape[1], dtype=torch.bool)
+
+
+def _differences(graph: Graph, row: str, i: int, seen: Tensor, expected: Tensor, what: str) -> list[str]:
+    out = []
+    for col, start in _starts(graph).items():
+        length = graph.spec.streams[col].length
+        got, want = seen[start : start + length], expected[start : start + length]
+        if not torch.equal(got, want):
+            out.append(f"{row}[{i}] has a {what} to {int(got.sum())} tokens of {col}, the graph says {int(want.sum())}")
+    return out
