@@ -6,6 +6,7 @@ merged last, by the same rules.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -26,6 +27,13 @@ class Strict(BaseModel):
 T = TypeVar("T", bound=BaseModel)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, in which ``1e-3`` is a number as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
 def find(name: str, kind: str) -> Path:
     """The YAML file of ``name``: a path, or the name of a file in ``configs/<kind>/``.
 
@@ -38,7 +46,9 @@ def find(name: str, kind: str) -> Path:
         if candidate.is_file():
             return candidate
     known = sorted(p.stem for p in (CONFIGS / kind).glob("*.yaml"))
-    raise UserError(f"there is no {kind} config '{name}'{_nearest(Path(name).stem, known)}; known: {', '.join(known)}, or a path to a YAML file")
+    raise UserError(
+        f"there is no {kind} config '{name}'{_nearest(Path(name).stem, known)}; known: {', '.join(known)}, or a path to a YAML file"
+    )
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -57,10 +67,10 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in one YAML file, without its base."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = _read(path.read_text())
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a YAML mapping at its top, not {type(tree).__name__}")
@@ -73,6 +83,8 @@ def load_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
     seen = {path.resolve()}
     while "base" in tree:
         base_name = tree.pop("base")
+        if not isinstance(base_name, str):
+            raise UserError(f"{path}: base must be the name of one YAML file, not {base_name!r}")
         base = path.parent / base_name
         base = base if base.suffix else base.with_suffix(".yaml")
         if base.resolve() in seen:
@@ -81,10 +93,14 @@ def load_tree(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
         tree = merge(read_yaml(base), tree) if base.is_file() else _missing_base(path, base)
     for override in overrides or []:
         key, sep, text = override.partition("=")
-        if not sep or not key:
+        parts = key.split(".")
+        if not sep or not all(parts):
             raise UserError(f"override '{override}' must have the form key.subkey=value")
-        node: Any = yaml.safe_load(text) if text else None
-        for part in reversed(key.split(".")):
+        try:
+            node: Any = _read(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value in override '{override}' is not valid YAML: {error}") from None
+        for part in reversed(parts):
             node = {part: node}
         tree = merge(tree, node)
     return tree
@@ -110,6 +126,10 @@ def load(model: type[T], path: Path, overrides: list[str] | None = None) -> T:
 def dump(config: BaseModel) -> str:
     """The resolved config as YAML, as it is saved with every run."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def _missing_base(path: Path, base: Path) -> dict[str, Any]:

@@ -1,0 +1,40 @@
+"""``vla model``: look at specs, prove them, score a VLM."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import print_json, print_table
+
+app = typer.Typer(name="model", no_args_is_help=True, help="Look at model specs, prove them, score a VLM.")
+
+
+@app.command()
+def show(
+    spec: Annotated[str, typer.Argument(help="A name in configs/model, or a path to a YAML file.")],
+    png: Annotated[Path | None, typer.Option(help="Draw the attention graph into this file.")] = None,
+) -> None:
+    """Print a spec's streams, attention matrix, order, cache plan and parameter counts."""
+    from ..vla.show import show as run
+
+    print(run(spec, png))
+
+
+@app.command()
+def check(
+    specs: Annotated[list[str], typer.Argument(help="Names in configs/model, or paths to YAML files.")],
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Prove specs: gradient routes, cached execution, expert parity, frozen experts. Exit code 1 when a proof fails."""
+    from ..vla.proofs import check as run
+
+    result = run(specs)
+    if json:
+        print_json(result)
+    else:
+        columns = list(result["rows"][0])
+        print_table("Proofs", columns, ([row[column] for column in columns] for row in result["rows"]))
+    if not all(row["passed"] for row in result["rows"]):
+        sys.exit(1)
