@@ -1,0 +1,1 @@
+"""Evaluation: closed-loop rollouts, statistics, suites and reports."""

@@ -1,0 +1,220 @@
+"""``evaluate``: a suite, a policy, seeds -> ``episodes.jsonl`` and ``results.json``."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data import Contract
+from ..envs import make_world
+from ..envs.vector import WorldPool
+from ..errors import UserError
+from ..policies import load_policy
+from ..policies.base import Policy
+from .controls import Change, Control
+from .episodes import Job, Ledger, Row, write_atomic
+from .film import Cinema
+from .provenance import command, fingerprint, hardware, versions
+from .rollout import rollout
+from .statistics import wilson
+from .suite import EVALUATION, Suite, check_seeds, load_suite, suite_name
+
+EXPERT = "expert"  # the policy name under which the worlds' scripted experts act
+Cuts = tuple[tuple[str, str], ...]
+OnEpisode = Callable[[Row, int, int], None]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What must be known of a world before its first episode."""
+
+    instruction: str
+    rate: float
+    contract: Contract
+
+
+def evaluate(
+    suite: str,
+    policy: str,
+    *,
+    out: Path,
+    episodes: int | None = None,
+    seed: int = EVALUATION,
+    workers: int = 2,
+    overrides: list[str] | None = None,
+    on_episode: OnEpisode | None = None,
+) -> dict[str, Any]:
+    """Evaluate a policy in closed loop; returns what ``results.json`` holds.
+
+    An interrupted evaluation goes on where it stopped when it is called again with the same arguments; more episodes
+    may then be asked for. Outcomes depend on suite, policy and seeds, not on ``workers``.
+
+    Args:
+        suite: name in ``configs/suite/``, or path of a YAML file.
+        policy: checkpoint folder, or ``expert`` for the scripted experts of the worlds.
+        out: folder for ``results.json``, ``episodes.jsonl``, ``videos/`` and ``foresight/``.
+        episodes: per task, instead of the suite's numbers.
+        seed: first seed; episode i of each task has seed ``seed + i``.
+        workers: processes that step worlds.
+        overrides: dotted ``key=value`` changes of the suite.
+        on_episode: called with each new row, the number of episodes done and their total.
+
+    Raises:
+        UserError: an unknown suite, task or checkpoint; a policy whose contract does not fit a world; training seeds;
+            ``out`` holds another evaluation; or no episode could be played.
+    """
+    began = time.perf_counter()
+    spec = load_suite(suite, overrides)
+    controls = {} if policy == EXPERT else spec.controls
+    check_seeds(seed, max(spec.count(task, None, episodes) for task in spec.tasks))
+    facts = {task: _facts(spec, task) for task in spec.tasks}
+    acting = None if policy == EXPERT else _load(policy, (), spec, facts)
+    _claim(out, spec, suite, policy)
+    ledger = Ledger(out / "episodes.jsonl")
+    batches = _batches(spec, controls, policy, facts, seed, episodes)
+    keys = [job.key for jobs in batches.values() for job in jobs]
+    cinema = Cinema(out, spec.videos.first, spec.videos.failures)
+    fresh = 0
+    with WorldPool(workers) as pool:
+        for cuts, jobs in batches.items():
+            left = [job for job in jobs if job.key not in ledger.rows]
+            if cuts and left:
+                acting = _load(policy, cuts, spec, facts)
+            for row in rollout(left, acting, pool, cinema, slots=spec.slots, settle=spec.settle, render=spec.render, size=spec.size):
+                ledger.append(row)
+                fresh += 1
+                if on_episode is not None:
+                    on_episode(row, sum(key in ledger.rows for key in keys), len(keys))
+    ledger.sort(keys)
+    rows = [ledger.rows[key] for key in keys]
+    if all(row.error for row in rows):
+        raise UserError(f"none of the {len(rows)} episodes could be played; the first says: {rows[0].error} (all: {ledger.path})")
+    results = summarise(spec, controls, facts, rows)
+    path = out / "results.json"
+    earlier = json.loads(path.read_text())["minutes"] if path.exists() else 0.0
+    results |= {
+        "policy": policy,
+        "policy_sha256": None if policy == EXPERT else fingerprint(Path(policy)),
+        "suite": suite_name(suite),
+        "title": spec.title,
+        "seeds": {"first": seed, "last": max(row.seed for row in rows)},
+        "render": {"profile": spec.render, "size": spec.size},
+        "hardware": hardware(),
+        "versions": versions(),
+        "command": command(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "minutes": round(earlier + (time.perf_counter() - began) / 60, 2) if fresh or not earlier else earlier,
+    }
+    write_atomic(path, json.dumps(results, indent=1))
+    return results
+
+
+def summarise(spec: Suite, controls: dict[str, Control], facts: dict[str, Facts], rows: list[Row]) -> dict[str, Any]:
+    """``tasks``, ``controls`` and ``overall`` of ``results.json``."""
+    tasks = []
+    for name, task in spec.tasks.items():
+        mine = [row for row in rows if row.control is None and row.task == name]
+        extra = {"instruction": facts[name].instruction, "world": spec.world(name)}
+        tasks.append(_row(name, task.scored, mine) | extra)
+    scored = [row for row in rows if row.control is None and spec.tasks[row.task].scored]
+    overall = _row("overall", True, scored) if scored else None
+    if overall is not None and spec.gate is not None:
+        overall |= {"gate": f">= {spec.gate:g}", "passed": overall["rate"] >= spec.gate}
+    out = []
+    for name, control in controls.items():
+        mine = [row for row in rows if row.control == name]
+        line = _row(name, False, mine)
+        line["tasks"] = [_row(task, False, [row for row in mine if row.task == task]) for task in spec.tasks_of(control)]
+        if control.below is not None:
+            line |= {"gate": f"< {control.below:g}", "passed": line["rate"] < control.below}
+        out.append(line)
+    return {"tasks": tasks, "controls": out, "overall": overall}
+
+
+def _row(name: str, scored: bool, rows: list[Row]) -> dict[str, Any]:
+    wins = sum(row.success_any for row in rows)
+    took = [row.first_success_step for row in rows if row.success_any and row.first_success_step is not None]
+    thought = [row.policy_ms for row in rows if row.policy_ms is not None]
+    return {
+        "name": name,
+        "scored": scored,
+        "episodes": len(rows),
+        "successes": wins,
+        "rate": wins / len(rows),
+        "ci95": [round(bound, 4) for bound in wilson(wins, len(rows))],
+        "successes_end": sum(row.success_end for row in rows),
+        "median_steps": float(np.median(took)) if took else None,
+        "policy_ms": round(float(np.mean(thought)), 1) if thought else None,
+        "errors": sum(row.error is not None for row in rows),
+    }
+
+
+def _facts(spec: Suite, task: str) -> Facts:
+    world = make_world(spec.world(task), render=spec.render, size=spec.size)
+    try:
+        return Facts(world.task_description, world.rate, world.contract)
+    finally:
+        world.close()
+
+
+def _load(path: str, cuts: Cuts, spec: Suite, facts: dict[str, Facts]) -> Policy:
+    policy = load_policy(path, cuts=cuts)
+    for task in spec.tasks:
+        policy.contract.require(facts[task].contract, f"policy {path}", f"world {spec.world(task)}")
+    return policy
+
+
+def _batches(
+    spec: Suite, controls: dict[str, Control], policy: str, facts: dict[str, Facts], seed: int, episodes: int | None
+) -> dict[Cuts, list[Job]]:
+    """Jobs by the edges that are cut: each group needs the policy loaded once."""
+
+    def jobs(task: str, name: str | None, control: Control | None, change: Change | None) -> list[Job]:
+        fact = facts[task]
+        count = spec.count(task, control, episodes)
+        return [Job(task, spec.world(task), seed + i, fact.rate, fact.contract.action.names, i, name, change) for i in range(count)]
+
+    batches: dict[Cuts, list[Job]] = {(): [job for task in spec.tasks for job in jobs(task, None, None, None)]}
+    words = {task: fact.instruction for task, fact in facts.items()}
+    for name, control in controls.items():
+        tasks = spec.tasks_of(control)
+        mean = mean_state(Path(policy)) if control.state == "blank" else None
+        cuts = (control.cut,) if control.cut is not None else ()
+        for task in tasks:
+            batches.setdefault(cuts, []).extend(jobs(task, name, control, control.change(task, tasks, words, mean)))
+    return batches
+
+
+def mean_state(checkpoint: Path) -> np.ndarray:
+    """(S,) mean proprioception of the training data, from the checkpoint's statistics.
+
+    Raises:
+        UserError: ``checkpoint`` holds no statistics of ``observation.state``.
+    """
+    path = checkpoint / "statistics.json"
+    try:
+        return np.asarray(json.loads(path.read_text())["observation.state"]["mean"], np.float32)
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} does not give the mean of observation.state ({error}); pass the folder of a whole checkpoint") from None
+
+
+def _claim(out: Path, spec: Suite, suite: str, policy: str) -> None:
+    """Mark ``out`` as this evaluation's; the numbers of episodes and the seeds may differ between calls."""
+    said = spec.model_dump(mode="json", exclude={"episodes", "videos", "gate", "title"})
+    for part in (*said["tasks"].values(), *said["controls"].values()):
+        part.pop("episodes")
+    sha = None if policy == EXPERT else fingerprint(Path(policy))
+    identity = {"suite": suite_name(suite), "policy_sha256": sha, "settings": said}
+    path = out / "evaluation.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [key for key in identity if before.get(key) != identity[key]]
+        if changed:
+            raise UserError(f"{out} holds an evaluation with another {' and '.join(changed)}; choose another --out, or delete that folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(identity, indent=1))
