@@ -14,7 +14,7 @@ from ..files import write_text
 
 
 class Meter:
-    """Running means over the steps since the last log line. Its state is part of a checkpoint, so that a resumed run logs the same numbers."""
+    """Running means over the steps since the last log line. Part of a checkpoint: a resumed run logs the same numbers."""
 
     def __init__(self, sums: dict[str, float] | None = None, count: int = 0) -> None:
         self.sums = dict(sums or {})
@@ -48,17 +48,16 @@ class RunLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("training writes TensorBoard logs, but tensorboard is not installed; run: pip install 'triune-vla[train]'") from None
+            raise UserError("training logs to TensorBoard, which is not installed; run: pip install 'triune-vla[train]'") from None
         path = out / "log.jsonl"
         kept = [row for row in read_log(path) if row["step"] <= start]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file: IO[str] = path.open("a")
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         self._console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal,
-        )  # fmt: skip
+        left = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), *left)
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("train", total=steps, completed=start, note="")
         self._steps, self._start, self._began, self._told = steps, start, time.monotonic(), time.monotonic()
 

@@ -6,11 +6,12 @@ resumed continues as if nothing had happened: bit for bit in fp32 on the CPU.
 """
 
 import contextlib
-import queue
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -134,7 +135,7 @@ def step_once(
         torch.manual_seed(step_seed(config.seed, state.step * config.accumulate + micro))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             losses = task.losses(to_device(batch, device))
-        (losses["loss"] / config.accumulate).backward()
+        torch.autograd.backward(losses["loss"] / config.accumulate)
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach().float() / config.accumulate
     limit = float("inf") if config.clip is None else config.clip
@@ -158,8 +159,8 @@ def refuse_non_finite(values: dict[str, float], step: int) -> None:
     broken = [f"'{name}' is {value}" for name, value in values.items() if not np.isfinite(value)]
     if broken:
         raise UserError(
-            f"training stopped at step {step}: {', '.join(broken)}; nothing of this step was kept. "
-            "Look at the data of that step, lower train.lr or train.clip, or use train.precision=fp32, then start anew or resume from the last checkpoint"
+            f"training stopped at step {step}: {', '.join(broken)}; nothing of this step was kept. Look at the data of that step, lower "
+            "train.lr or train.clip, or use train.precision=fp32, then start anew or resume from the last checkpoint"
         )
 
 
@@ -169,51 +170,32 @@ def begin(out: Path, resume: bool) -> None:
     Raises:
         UserError: ``resume`` without a run, or a run without ``resume``.
     """
-    saved, begun = step_folders(out), (out / "log.jsonl").exists()
+    saved, begun = step_folders(out), any((out / name).exists() for name in ("recipe.yaml", "log.jsonl"))
     if resume and not begun and not saved:
         raise UserError(f"there is no run to resume in {out}; check --out, or leave out --resume to begin one")
     if saved and not resume:
         raise UserError(f"{out} already holds a run ({saved[-1].name}); pass --resume to continue it, or choose another --out")
-    if begun and not resume:
-        (out / "log.jsonl").unlink()  # a run that ended before its first checkpoint: nothing of it is of use
+    if not saved:
+        (out / "log.jsonl").unlink(missing_ok=True)  # a run that ended before its first checkpoint begins anew
     out.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
 def prefetch(batch: Callable[[int], Any], start: int, end: int, depth: int = 2) -> Iterator[Iterator[Any]]:
-    """The batches ``start`` .. ``end - 1`` in order, made ahead of time by one thread. Its errors come out where the batch was due."""
-    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
-    closing = threading.Event()
+    """The batches ``start`` .. ``end - 1`` in order, made ahead by one thread. Errors come out where the batch was due."""
+    with ThreadPoolExecutor(1, "prefetch") as pool:
+        ahead = deque(pool.submit(batch, index) for index in range(start, min(start + depth, end)))
 
-    def put(item: tuple[Any, BaseException | None]) -> None:
-        while not closing.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
-
-    def work() -> None:
-        try:
+        def take() -> Iterator[Any]:
             for index in range(start, end):
-                if closing.is_set():
-                    return
-                put((batch(index), None))
-        except BaseException as error:  # handed to the consumer, which raises it
-            put((None, error))
+                if index + depth < end:
+                    ahead.append(pool.submit(batch, index + depth))
+                yield ahead.popleft().result()
 
-    def take() -> Iterator[Any]:
-        for _ in range(start, end):
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            yield item
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        yield take()
-    finally:
-        closing.set()
-        thread.join()
+        try:
+            yield take()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -228,7 +210,7 @@ def stopping() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield caught  # only the main thread may handle signals
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:
         signal.signal(number, note)
     try:

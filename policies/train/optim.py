@@ -20,7 +20,7 @@ class TrainConfig(Strict):
         batch_size: samples per micro-batch; the task reads it.
         accumulate: micro-batches per optimizer step.
         lr: peak learning rate.
-        lr_scale: parameter name prefix -> factor on ``lr``; the longest prefix that fits wins, so that one expert can learn slower than another.
+        lr_scale: parameter name prefix -> factor on ``lr``; the longest that fits wins. One expert can learn slower than another.
         warmup: steps of linear rise from 0 to ``lr``.
         schedule: what follows the warm-up.
         final: last learning rate of the cosine, as a fraction of ``lr``.
@@ -86,8 +86,9 @@ def learned_buffers(module: nn.Module) -> dict[str, Tensor]:
     holding = {prefix for name in parameters for prefix in _prefixes(name)}
     learning = {prefix for name, parameter in parameters.items() if parameter.requires_grad for prefix in _prefixes(name)}
     frozen = holding - learning
-    state = {name: value for name, value in module.state_dict().items() if name not in dict(module.named_parameters(remove_duplicate=False))}
-    return {name: value for name, value in state.items() if isinstance(value, Tensor) and not frozen.intersection(_prefixes(name))}
+    named = dict(module.named_parameters(remove_duplicate=False))
+    buffers = {name: value for name, value in module.state_dict().items() if name not in named and isinstance(value, Tensor)}
+    return {name: value for name, value in buffers.items() if not frozen.intersection(_prefixes(name))}
 
 
 def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ...config import parse
 from ...errors import UserError
 from ..files import atomic_folder, remove, replace_link, sha256
 from .logs import Meter
@@ -70,7 +71,9 @@ class TrainState:
         found = {name for name in tensors if name.split(".", 1)[0] in ("model", "buffer", "ema")}
         odd = sorted(found ^ set(own)) or sorted(name for name in found if own[name].shape != tensors[name].shape)
         if odd:
-            raise UserError(f"the checkpoint's training state is of another model ('{odd[0]}' differs); resume with the recipe and spec that began the run")
+            raise UserError(
+                f"the training state is of another model ('{odd[0]}' differs); resume with the recipe and spec that began the run"
+            )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         for name, parameter in self.parameters.items():
@@ -111,7 +114,8 @@ def load_state(folder: Path, state: TrainState, config: TrainConfig) -> None:
         facts: dict[str, Any] = json.loads((path.with_name("state.json")).read_text())
         if sha256(path) != facts["sha256"]:
             raise UserError(f"{path} is damaged (its sha256 is not the one in state.json); {way_out}")
-        refuse_changes(facts["train"], config.model_dump(mode="json"), folder)
+        before = parse(type(config), facts["train"], path.with_name("state.json"))
+        refuse_changes({"train": before.model_dump(mode="json")}, {"train": config.model_dump(mode="json")}, folder)
         state.restore(load_file(path))
         state.step, state.meter = facts["step"], Meter(**facts["meter"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -119,16 +123,23 @@ def load_state(folder: Path, state: TrainState, config: TrainConfig) -> None:
 
 
 def refuse_changes(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
-    """Refuse to resume with ``train:`` settings that would make another run. A constant schedule may be lengthened or shortened.
+    """Refuse to resume with settings that would make another run. A constant schedule may be lengthened or shortened.
+
+    Args:
+        old, new: recipes as trees, with ``train`` at their top.
 
     Raises:
         UserError: naming each changed key with both values.
     """
-    free = {*FREE, "steps"} if old.get("schedule") == new.get("schedule") == "constant" else {*FREE}
-    changed = [key for key in {**old, **new} if key not in free and old.get(key) != new.get(key)]
+    before, after = _leaves(old), _leaves(new)
+    free = {f"train.{key}" for key in FREE}
+    if before["train.schedule"] == after["train.schedule"] == "constant":
+        free.add("train.steps")
+    changed = [key for key in {**before, **after} if key not in free and before.get(key) != after.get(key)]
     if changed:
-        listed = ", ".join(f"train.{key} was {old.get(key)} and is {new.get(key)}" for key in changed)
-        raise UserError(f"{where} cannot be resumed with other settings: {listed}; give the old values, or start a new run with another --out")
+        listed = ", ".join(f"{key} was {before.get(key)} and is {after.get(key)}" for key in changed)
+        way_out = "give the old values, or start a new run with another --out"
+        raise UserError(f"{where} cannot be resumed with other settings: {listed}; {way_out}")
 
 
 def publish(out: Path, save: Callable[[Path, dict[str, Tensor]], None], state: TrainState, config: TrainConfig) -> Path:
@@ -150,3 +161,10 @@ def publish(out: Path, save: Callable[[Path, dict[str, Tensor]], None], state: T
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return out

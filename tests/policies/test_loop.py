@@ -13,13 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
 from triune.errors import UserError
 from triune.policies.train.logs import read_log
 from triune.policies.train.loop import StepReport, TrainConfig, prefetch, step_seed, train
 from triune.policies.train.optim import learned_buffers, learning_rate, make_optimizer, resolve_precision, trainable
 from triune.policies.train.state import step_folders
 
-CONFIG = TrainConfig(steps=12, batch_size=8, lr=1e-2, warmup=3, save_every=6, log_every=4, keep=3, precision="fp32", device="cpu", lr_scale={"slow": 0.1})
+CONFIG = TrainConfig(
+    steps=12, batch_size=8, lr=1e-2, warmup=3, save_every=6, log_every=4, keep=3, precision="fp32", device="cpu", lr_scale={"slow": 0.1}
+)
 
 
 class Toy:
@@ -28,7 +31,13 @@ class Toy:
     def __init__(self, poison: int | None = None) -> None:
         torch.manual_seed(0)
         self.module = nn.ModuleDict(
-            {"frozen": nn.Linear(4, 16), "slow": nn.Linear(16, 16), "norm": nn.BatchNorm1d(16), "drop": nn.Dropout(0.2), "out": nn.Linear(16, 2)}
+            {
+                "frozen": nn.Linear(4, 16),
+                "slow": nn.Linear(16, 16),
+                "norm": nn.BatchNorm1d(16),
+                "drop": nn.Dropout(0.2),
+                "out": nn.Linear(16, 2),
+            }
         )
         self.module["frozen"].requires_grad_(False)
         self.poison = poison
@@ -77,9 +86,14 @@ def test_a_run_leaves_what_it_promises(straight: Path) -> None:
     assert [row["step"] for row in read_log(straight / "log.jsonl")] == [4, 8, 12]
     assert {"loss", "fit", "lr", "grad_norm", "data_ms", "compute_ms"} <= read_log(straight / "log.jsonl")[0].keys()
     assert list((straight / "tensorboard").iterdir())
-    assert {path.suffix for path in straight.rglob("*") if path.is_file() and "tensorboard" not in path.parts} == {".json", ".jsonl", ".safetensors"}
+    assert {path.suffix for path in straight.rglob("*") if path.is_file() and "tensorboard" not in path.parts} == {
+        ".json",
+        ".jsonl",
+        ".safetensors",
+    }
     weights = load_file(folders[-1] / "model.safetensors")
-    assert "norm.running_mean" in weights and not any(name.startswith("frozen") for name in weights)
+    assert "norm.running_mean" in weights
+    assert not any(name.startswith("frozen") for name in weights)
 
 
 def test_the_same_run_twice_is_the_same(straight: Path, tmp_path: Path) -> None:
@@ -126,7 +140,7 @@ def test_sigkill_at_any_moment_then_resume(straight: Path, tmp_path: Path) -> No
     script.write_text(
         f"import sys, time; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_loop import CONFIG, Toy\nfrom triune.policies.train.loop import train\n"
-        f"train(Toy(), CONFIG.model_copy(update=dict(save_every=2)), Path({str(tmp_path / 'run')!r}), hooks=[lambda report: time.sleep(0.05)])\n"
+        f"train(Toy(), CONFIG.model_copy(update=dict(save_every=2)), Path({str(tmp_path / 'run')!r}), hooks=[lambda _: time.sleep(0.05)])\n"
     )
     process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
     while len(step_folders(tmp_path / "run")) < 2:
@@ -215,7 +229,9 @@ def test_learning_rate() -> None:
 
 def test_parameter_groups() -> None:
     module = Toy().module
-    groups = {(group["scale"], group["weight_decay"]): len(group["params"]) for group in make_optimizer(trainable(module), CONFIG).param_groups}
+    groups = {
+        (group["scale"], group["weight_decay"]): len(group["params"]) for group in make_optimizer(trainable(module), CONFIG).param_groups
+    }
     assert groups == {(0.1, 0.01): 1, (0.1, 0.0): 1, (1.0, 0.0): 3, (1.0, 0.01): 1}
     with pytest.raises(UserError, match=r"lr_scale: no trained parameter begins with 'fast'.*norm, out, slow"):
         make_optimizer(trainable(module), CONFIG.model_copy(update={"lr_scale": {"fast": 2.0}}))
@@ -252,16 +268,16 @@ def test_prefetch_hands_over_errors_and_ends_its_thread() -> None:
             raise UserError("episode 3 is missing")
         return index
 
-    with prefetch(batch, 0, 10) as batches, pytest.raises(UserError, match="episode 3"):
-        got = []
-        for item in batches:
-            got.append(item)
-    assert got == [0, 1, 2]
+    with prefetch(batch, 0, 10) as batches:
+        assert [next(batches) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(UserError, match="episode 3"):
+            next(batches)
     with prefetch(lambda index: index, 0, 1000) as batches:
         assert next(batches) == 0
-    assert "prefetch" not in [thread.name for thread in threading.enumerate()]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_state_json_is_plain(straight: Path) -> None:
     facts = json.loads((straight / "checkpoints/last/training/state.json").read_text())
-    assert facts["step"] == 12 and facts["train"]["lr"] == 0.01
+    assert facts["step"] == 12
+    assert facts["train"]["lr"] == 0.01
