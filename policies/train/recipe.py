@@ -26,7 +26,7 @@ def run(name: str, overrides: list[str], out: Path, resume: bool) -> Path:
     path = find(name, "train")
     tree = load_tree(path, overrides)
     kind = tree.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         match = difflib.get_close_matches(str(kind), KINDS, n=1)
         said = f"its kind '{kind}' is unknown" if kind is not None else "'kind' is required"
         raise UserError(f"{path}: {said}{f'; did you mean {match[0]!r}?' if match else ''} (valid: {', '.join(KINDS)})")
