@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .output import print_json, print_table
+from .output import print_json, print_table, progress_bar
 
 app = typer.Typer(name="data", no_args_is_help=True, help="Record and inspect datasets.")
 SCENES = "scenes:"
@@ -25,7 +25,8 @@ def record(
     if world.startswith(SCENES):
         from ..envs.scenes import record_scenes
 
-        record_scenes(world.removeprefix(SCENES), episodes, out, seed=seed, workers=workers)
+        with progress_bar("scenes") as progress:
+            record_scenes(world, episodes, out, seed=seed, workers=workers, progress=progress)
     else:
         from ..envs.record import record as run
 

@@ -1,7 +1,8 @@
 """What commands print: tables and bars for people, JSON for machines. Progress goes to stderr, results to stdout."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -27,8 +28,21 @@ def print_rates(results: dict[str, Any]) -> None:
     """The tasks, controls and overall rate of an evaluation's results (shape: eval/README.md)."""
     rows = [_rate_row(row, "" if row["scored"] else "not scored") for row in results["tasks"]]
     rows += [_rate_row(row, "control") for row in results["controls"]]
-    rows.append(_rate_row({"name": "overall", **results["overall"]}, "mean of the scored tasks"))
+    if results["overall"] is not None:
+        rows.append(_rate_row(results["overall"] | {"name": "overall"}, "the scored tasks"))
     print_table("Success rates", ("task", "episodes", "successes", "rate", "95 % interval", "note"), rows)
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr; the callable that it gives takes (done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def duration(seconds: float) -> str:

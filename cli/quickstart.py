@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,9 +36,8 @@ def quickstart(
     stages = Stages(out)
     folders = {world: out / "data" / world.replace("/", "-") for world in plan.record}
     for world, wanted in plan.record.items():
-        stages.run(
-            f"record {world}", {**wanted.model_dump()}, lambda w=world, d=wanted: _record(w, d.episodes, d.noise, plan.workers, folders[w])
-        )
+        record = partial(_record, world, wanted.episodes, wanted.noise, plan.workers, folders[world])
+        stages.run(f"record {world}", wanted.model_dump(), record)
     stages.run("train", {"recipe": plan.recipe}, lambda: _train(plan.recipe, list(folders.values()), out / "train"))
     judged = {"suite": plan.suite, "episodes": plan.episodes, "seed": plan.seed}
     stages.run("evaluate", judged, lambda: _evaluate(plan.suite, plan.episodes, plan.seed, plan.workers, out))
@@ -67,9 +67,7 @@ class Stages:
         if name in self.done:
             if self.done[name]["inputs"] != inputs:
                 was, now = (", ".join(f"{k}={v}" for k, v in d.items()) for d in (self.done[name]["inputs"], inputs))
-                raise UserError(
-                    f"{self.folder} was made with {was} for '{name}', and now it is {now}: give another --out, or delete the folder"
-                )
+                raise UserError(f"'{name}' in {self.folder} was done with {was}, now it is {now}: give another --out, or delete the folder")
             return
         typer.echo(f"== {name}", err=True)
         start = time.perf_counter()

@@ -1,14 +1,30 @@
 """``vla verify``."""
 
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .output import print_json, print_table
 
-def verify(checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")]) -> None:
-    """Prove that a checkpoint acts as it was trained: its golden observations give its golden actions again."""
+
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, or a run's folder.")],
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Prove that a checkpoint acts as it was trained: files by their hashes, actions by its golden observations."""
+    from ..policies import load_policy
+    from ..policies.checkpoint import read_checkpoint
     from ..policies.checkpoint import verify as run
 
-    run(checkpoint)
-    print(f"{checkpoint} is whole and acts as it was trained")
+    found = read_checkpoint(checkpoint)
+    rows = [asdict(row) for row in run(found, load_policy(str(found.folder)))]
+    passed = all(row["passed"] for row in rows)
+    if json:
+        print_json({"checkpoint": str(checkpoint), "files": len(found.manifest.files), "rows": rows, "passed": passed})
+    else:
+        print_table(f"{len(found.manifest.files)} files are whole; golden observations", list(rows[0]), (row.values() for row in rows))
+    if not passed:
+        sys.exit(1)

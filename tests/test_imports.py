@@ -1,9 +1,6 @@
-"""Imports go down only, floor by floor; inside the package they are relative; every folder has one short door."""
+"""Imports go down only, floor by floor, and inside the package they are relative."""
 
 import ast
-import importlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +19,6 @@ MAY_IMPORT = {
 }
 SHARED = {"", "errors", "config"}  # the root: the package itself, UserError, the config loader
 FILES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
-NAMES_AT_A_DOOR = 12
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
@@ -55,25 +51,6 @@ def test_imports_inside_the_package_are_relative(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module or ""]
         assert not [name for name in names if name.split(".")[0] == "triune"], f"{path}:{node.lineno}: write this import relatively"
-
-
-@pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_each_folder_has_one_short_door(folder: str) -> None:
-    door = importlib.import_module(f"triune.{folder}")
-    assert 1 <= len(door.__all__) <= NAMES_AT_A_DOOR
-    assert all(hasattr(door, name) for name in door.__all__)
-    assert door.__doc__
-
-
-HEAVY = ("torch", "transformers", "diffusers", "lerobot", "robosuite", "metaworld", "mujoco", "matplotlib", "pydantic", "numpy")
-LIGHT_DOORS = {"triune": HEAVY, "triune.cli.main": HEAVY, "triune.data": HEAVY[:-2], "triune.envs": HEAVY[:-2]}
-
-
-@pytest.mark.parametrize("module", LIGHT_DOORS)
-def test_light_doors_load_nothing_heavy(module: str) -> None:
-    script = f"import sys, {module}; print(*sorted(set(sys.modules) & set({LIGHT_DOORS[module]!r})))"
-    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
-    assert loaded == []
 
 
 def test_no_module_is_missing_from_the_floors() -> None:
