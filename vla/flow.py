@@ -15,7 +15,7 @@ def interpolate(noise: Float[Tensor, "B C A"], data: Float[Tensor, "B C A"], tim
     return (1 - t) * noise + t * data
 
 
-def draw_times(shape: tuple[int, ...], distribution: str, generator: torch.Generator) -> Tensor:
+def draw_times(shape: tuple[int, ...], distribution: str, generator: torch.Generator | None = None) -> Tensor:
     """Training times. ``beta``: 1 - t = 0.999 Beta(1.5, 1) + 0.001, most mass near noise (openpi ``pi0.py``)."""
     u = torch.rand(shape, generator=generator)
     match distribution:

@@ -1,12 +1,13 @@
 """What the MoT loop asks of an expert."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
+@runtime_checkable
 class Expert(Protocol):
     """Per-layer pieces of a pre-norm transformer; the loop owns attention and order.
 

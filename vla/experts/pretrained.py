@@ -158,14 +158,18 @@ class PromptEncoder:
 
 def _load(folder: Path, fresh: bool) -> tuple[Any, Family]:
     from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no transformers model (no config.json); give a folder written by save_pretrained")
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in FAMILIES:
         raise UserError(f"{folder} is a '{config.model_type}' model; known families: {', '.join(FAMILIES)}")
-    if fresh:
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    if fresh:  # always the same weights, so that a frozen random expert need not be stored
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     else:
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     return model, FAMILIES[config.model_type]

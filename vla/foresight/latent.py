@@ -81,10 +81,12 @@ class LatentForesight(nn.Module):
 def _load(reference: str) -> Any:
     """The referenced diffusers autoencoder (AutoencoderTiny), frozen, in fp32."""
     from diffusers import AutoencoderTiny
+    from diffusers.utils import logging
 
     folder = resolve_weights(reference, "autoencoder")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no diffusers autoencoder (no config.json); train one with `vla train autoencoder`")
+    logging.set_verbosity_error()  # it warns of config keys that it wrote itself
     autoencoder = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32)
     return autoencoder.eval().requires_grad_(False)
 

@@ -1,0 +1,284 @@
+"""The recipe that trains a policy on demonstrations.
+
+Streams of frozen experts are a pure function of the frame and its words, so their keys and values are computed once and
+kept (``cache``); training then runs only what learns.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from ...config import Strict, dump, find, load_tree, merge, parse
+from ...data import ChunkSampler, Contract, Dataset, Normaliser, Observation, compute_statistics, open_dataset
+from ...errors import UserError
+from ...vla import Inputs, Spec
+from ...vla import build as build_model
+from ...vla.flow import draw_times
+from ...vla.foresight import LatentForesight
+from ...vla.model import Targets
+from ...vla.mot import KV
+from ...vla.spec import FlowHead, LatentHead, PretrainedExpert
+from ...vla.weights import Reference, make_reference
+from ..checkpoint import read_checkpoint, write_checkpoint, write_golden
+from ..triune import from_checkpoint, prompt, prompt_encoder
+from .optim import TrainConfig, resolve_device, resolve_precision
+
+Kind = Literal["mean_std", "quantile", "min_max", "none"]
+
+
+class Augment(Strict):
+    """Photometric augmentation: each image's brightness, contrast and colour are scaled by 1 +- the given strength."""
+
+    brightness: NonNegativeFloat = 0.2
+    contrast: NonNegativeFloat = 0.2
+    saturation: NonNegativeFloat = 0.2
+
+
+class PrefixCache(Strict):
+    """Frozen prefixes are kept in memory where they fit.
+
+    Attributes:
+        variants: augmented copies of each frame beside the plain one.
+        limit_gb: above this size prefixes are computed in every step instead.
+    """
+
+    variants: NonNegativeInt = 1
+    limit_gb: PositiveFloat = 8.0
+
+
+class Recipe(Strict):
+    """``kind: policy``.
+
+    Attributes:
+        spec: name of a model spec; overrides: merged into it.
+        data: dataset folder.
+        action_key: dataset column that is learned: ``action`` (as executed) or ``action.expert`` (the expert's noise-free label).
+        executed: control steps that are executed of each chunk; the foresight looks this far by the spec's horizon.
+        prompt: template of the words; ``{instruction}`` is filled in.
+        state_noise: standard deviation added to the normalised state, so that the policy looks rather than counts.
+    """
+
+    kind: Literal["policy"]
+    spec: str
+    overrides: dict[str, Any] = {}
+    data: str
+    action_key: Literal["action", "action.expert"] = "action"
+    executed: PositiveInt
+    prompt: str = "{instruction}"
+    normalise_state: Kind = "mean_std"
+    normalise_action: Kind = "quantile"
+    state_noise: NonNegativeFloat = 0.0
+    augment: Augment | None = Augment()
+    cache: PrefixCache = PrefixCache()
+    train: TrainConfig
+
+
+class PolicyTask:
+    """See ``loop.Task``.
+
+    Raises:
+        UserError: the dataset's cameras, sizes or dimensions do not fit the spec.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        self.recipe, self.out = recipe, out
+        self.spec = recipe_spec(recipe)
+        self.dataset = open_dataset(recipe.data)
+        check_dataset(self.dataset, self.spec, recipe)
+        self.module = build_model(self.spec, recipe.train.seed)
+        self.device = resolve_device(recipe.train.device)
+        self.module.to(self.device)
+        self.contract = policy_contract(self.dataset.contract, recipe, self.chunk)
+        found = compute_statistics(self.dataset)
+        self.statistics = {"observation.state": found["observation.state"], "action": found[recipe.action_key]}
+        self.state = Normaliser(self.statistics["observation.state"], recipe.normalise_state)
+        self.action = Normaliser(self.statistics["action"], recipe.normalise_action)
+        horizon = max([h.horizon for h in self.spec.heads.values() if isinstance(h, LatentHead)], default=0)
+        self.sampler = ChunkSampler(
+            self.dataset, self.chunk, recipe.train.batch_size, recipe.train.seed, action_key=recipe.action_key, foresight=horizon
+        )
+        self.images = np.stack([self.dataset.load_images(c) for c in self.spec.cameras], axis=1)  # (frames, V, H, W, 3)
+        self.prompts = self._encode_prompts()
+        self.future = self._encode_future()
+        self.prefix = self._encode_prefixes()
+
+    @property
+    def chunk(self) -> int:
+        return next(s.length for n, s in self.spec.streams.items() if isinstance(self.spec.heads.get(n), FlowHead))
+
+    # loop.Task ------------------------------------------------------------------------------------------------------
+
+    def batch(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng(np.random.SeedSequence([self.recipe.train.seed, index, 1]))
+        drawn = self.sampler.batch(index)
+        frames = drawn["index"]
+        state = self.state.normalise(drawn["state"])
+        state = state + self.recipe.state_noise * rng.standard_normal(state.shape)
+        ids, present = self.prompts
+        batch: dict[str, Any] = {
+            "state": torch.from_numpy(state.astype(np.float32)),
+            "actions": torch.from_numpy(self.action.normalise(drawn["action"]).astype(np.float32)),
+            "mask": torch.from_numpy(drawn["mask"]),
+            "future": self.future[drawn["future"]],
+            "present": present[frames],
+        }
+        if self.prefix is not None:
+            variant = rng.integers(0, self.prefix.shape[0], len(frames))
+            batch["prefix"] = self.prefix[torch.from_numpy(variant), torch.from_numpy(frames)]
+        else:
+            views = self.images[frames] if self.recipe.augment is None else augment(self.images[frames], self.recipe.augment, rng)
+            batch |= {"images": torch.from_numpy(views).permute(0, 1, 4, 2, 3), "ids": ids[frames]}
+        return batch
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        inputs = Inputs(batch.get("images"), batch.get("ids"), batch["present"], batch["state"])
+        targets = Targets(batch["actions"], batch["mask"], batch["future"])
+        head = self.spec.heads[self.module.action_stream]
+        assert isinstance(head, FlowHead)
+        noise = torch.randn_like(targets.actions)
+        time = draw_times((len(noise), 1), head.time_distribution).to(noise.device).expand(noise.shape[:2])
+        cache = None
+        if "prefix" in batch:  # (B, L, 2, G, T, H)
+            layers = [layer.unbind(1) for layer in batch["prefix"].unbind(1)]
+            kv = KV(tuple(k for k, _ in layers), tuple(v for _, v in layers), batch["present"])
+            cache = {self._prompt_stream: kv}
+        return self.module.losses(inputs, targets, noise, time, cache)
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        statistics = {key: value.model_dump(mode="json") for key, value in self.statistics.items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+        write_checkpoint(
+            folder, spec=dump(self.spec), contract=self.contract, statistics=statistics, weights=tensors, references=references(self.spec)
+        )
+        policy = from_checkpoint(read_checkpoint(folder), foresight=False)
+        write_golden(folder, policy, self._golden_observations())
+
+    # what is computed once ------------------------------------------------------------------------------------------
+
+    @property
+    def _prompt_stream(self) -> str:
+        return next(n for n, s in self.spec.streams.items() if s.tokens == "prompt")
+
+    def _encode_prompts(self) -> tuple[Tensor, Tensor]:
+        """Prompt ids and presence of every frame, (frames, T)."""
+        encoder = prompt_encoder(self.module)
+        tasks = [e.task for e in self.dataset.episodes]
+        ids, present = encoder([prompt(self.contract, task) for task in tasks], len(self.spec.cameras))
+        owner = torch.repeat_interleave(torch.arange(len(tasks)), torch.tensor([e.length for e in self.dataset.episodes]))
+        return ids[owner], present[owner]
+
+    @torch.no_grad()
+    def _encode_future(self) -> Tensor:
+        """Latent patches of every frame, (frames, T, P): the foresight targets."""
+        module = next((m for m in self.module.foresight.values() if isinstance(m, LatentForesight)), None)
+        if module is None:
+            return torch.zeros(len(self.images), 0, 0)
+        views = [self.spec.cameras.index(c) for c in module.head.cameras]
+        parts = [module.encode(self._pixels(part[:, views])).cpu() for part in _parts(self.images)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _encode_prefixes(self) -> Tensor | None:
+        """Keys and values of the frozen prompt stream, (variants, frames, L, 2, G, T, H) in bf16, or None if they must not be kept."""
+        stream, space = self._prompt_stream, self.spec.space
+        expert, recipe = self.spec.streams[stream].expert, self.recipe
+        variants = 1 + (recipe.cache.variants if recipe.augment else 0)
+        shape = (variants, len(self.images), self.module.mot.depth, 2, space.kv_heads, self.spec.streams[stream].length, space.head_dim)
+        if not self.spec.experts[expert].frozen or 2 * np.prod(shape, dtype=np.float64) > recipe.cache.limit_gb * 1e9:
+            return None
+        kept = torch.empty(shape, dtype=torch.bfloat16)
+        ids, present = self.prompts
+        precision = resolve_precision(recipe.train.precision, self.device)
+        self.module.eval()
+        for variant in range(variants):
+            rng = np.random.default_rng(np.random.SeedSequence([recipe.train.seed, variant, 2]))
+            for start in range(0, len(self.images), 64):
+                rows = slice(start, start + 64)
+                views = self.images[rows] if variant == 0 or recipe.augment is None else augment(self.images[rows], recipe.augment, rng)
+                inputs = Inputs(self._pixels(views), ids[rows].to(self.device), present[rows].to(self.device))
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+                    _, kv = self.module.mot(self.module.embed([stream], inputs), {}, keep=[stream])
+                pairs = [torch.stack([k, v], dim=1) for k, v in zip(kv[stream].keys, kv[stream].values, strict=True)]
+                kept[variant, rows] = torch.stack(pairs, dim=1).to(torch.bfloat16).cpu()
+        return kept
+
+    def _pixels(self, views: np.ndarray) -> Tensor:
+        return torch.from_numpy(views).permute(0, 1, 4, 2, 3).to(self.device)
+
+    def _golden_observations(self) -> list[Observation]:
+        """Five frames spread over the dataset."""
+        picks = np.linspace(0, len(self.images) - 1, 5).astype(int)
+        starts = np.array([e.start for e in self.dataset.episodes])
+        out = []
+        for frame in picks:
+            episode = self.dataset.episodes[int(np.searchsorted(starts, frame, side="right")) - 1]
+            images = {c: self.images[frame, v] for v, c in enumerate(self.spec.cameras)}
+            state = self.dataset.vectors["observation.state"][frame]
+            out.append(Observation(images, state, episode.task, (int(frame) - episode.start) / self.dataset.fps))
+        return out
+
+
+def build(recipe: Recipe, out: Path) -> PolicyTask:
+    """The task of a recipe."""
+    return PolicyTask(recipe, out)
+
+
+def recipe_spec(recipe: Recipe) -> Spec:
+    """The recipe's spec with its overrides."""
+    path = find(recipe.spec, "model")
+    return parse(Spec, merge(load_tree(path), recipe.overrides), f"{path} with the recipe's overrides")
+
+
+def policy_contract(data: Contract, recipe: Recipe, chunk: int) -> Contract:
+    """The dataset's conventions with what training adds: normalisation, chunk, executed steps, prompt."""
+    state = data.state.model_copy(update={"normalisation": recipe.normalise_state})
+    action = data.action.model_copy(update={"normalisation": recipe.normalise_action})
+    return data.model_copy(update={"state": state, "action": action, "chunk": chunk, "executed": recipe.executed, "prompt": recipe.prompt})
+
+
+def check_dataset(dataset: Dataset, spec: Spec, recipe: Recipe) -> None:
+    """Refuse a dataset that does not fit the spec.
+
+    Raises:
+        UserError: naming the camera, the dimensions or the column that differ.
+    """
+    missing = [c for c in spec.cameras if c not in dataset.cameras]
+    if missing:
+        raise UserError(
+            f"{dataset.path} has no camera {', '.join(missing)} (it has {', '.join(dataset.cameras)}), which {spec.name} sees; "
+            "record it, or set overrides.cameras to what there is"
+        )
+    if recipe.action_key not in dataset.vectors:
+        raise UserError(f"{dataset.path} has no column '{recipe.action_key}'; set action_key to one of {', '.join(k for k in dataset.vectors if k.startswith('action'))}")
+    head = next(h for h in spec.heads.values() if isinstance(h, FlowHead))
+    for what, want, key in (("state", spec.state_dim, "observation.state"), ("action", head.action_dim, recipe.action_key)):
+        have = dataset.vectors[key].shape[1]
+        if have != want:
+            raise UserError(f"{dataset.path}: '{key}' has {have} dimensions, {spec.name} takes {want} for its {what}; set the spec's {what}_dim or use the robot's own spec")
+
+
+def references(spec: Spec) -> dict[str, Reference]:
+    """The frozen weights that a checkpoint of ``spec`` stands on, with their hashes."""
+    experts = {n: e.weights for n, e in spec.experts.items() if isinstance(e, PretrainedExpert)}
+    found = {n: make_reference(w.removeprefix("random:"), "vlm") for n, w in experts.items()}
+    return found | {n: make_reference(h.autoencoder, "autoencoder") for n, h in spec.heads.items() if isinstance(h, LatentHead)}
+
+
+def augment(images: np.ndarray, strength: Augment, rng: np.random.Generator) -> np.ndarray:
+    """Photometric variants of uint8 images (B, V, H, W, 3), each image with its own factors."""
+    shape = (*images.shape[:2], 1, 1, 1)
+    brightness, contrast, saturation = (
+        rng.uniform(1 - s, 1 + s, shape).astype(np.float32) for s in (strength.brightness, strength.contrast, strength.saturation)
+    )
+    x = images.astype(np.float32) * brightness
+    x = (x - x.mean((2, 3, 4), keepdims=True)) * contrast + x.mean((2, 3, 4), keepdims=True)
+    grey = x.mean(-1, keepdims=True)
+    return ((x - grey) * saturation + grey).round().clip(0, 255).astype(np.uint8)
+
+
+def _parts(images: np.ndarray, size: int = 64) -> list[np.ndarray]:
+    return [images[i : i + size] for i in range(0, len(images), size)]

@@ -1,0 +1,101 @@
+"""What follows from who reads whom."""
+
+import pytest
+import torch
+
+from triune import UserError
+from triune.vla import Graph
+
+
+def test_phases_follow_from_the_edges(make_spec) -> None:
+    graph = Graph(make_spec())
+    assert [(p.kind, p.streams) for p in graph.phases.values()] == [
+        ("prefill", ("obs", "state")),
+        ("regress", ("future",)),
+        ("denoise", ("action",)),
+    ]
+    assert list(graph.cached().values()) == [("obs", "state"), ("future",), ()]
+
+
+def test_what_nobody_reads_is_not_kept(make_spec) -> None:
+    graph = Graph(make_spec(edges={"action": {"future": None, "state": None}}))
+    assert [kept for kept in graph.cached().values()] == [("obs",), (), ()]
+
+
+def test_mask_blocks(make_spec) -> None:
+    graph = Graph(make_spec(edges={"action": {"action": "block_causal"}, "future": {"future": "own_block"}}))
+    mask = graph.mask(graph.names, graph.names, {})
+    assert mask is not None
+    tokens = mask[0, 0]
+    obs, future, state, action = tokens.split([16, 8, 1, 6])
+    assert torch.equal(obs[:, :16], torch.ones(16, 16).tril().bool()) and not obs[:, 16:].any()
+    assert future[0, 16:20].all() and not future[0, 20:].any() and future[5, 20:24].all() and not future[5, 16:20].any()
+    assert action[0, 25:27].all() and not action[0, 27:].any() and action[3, 25:29].all() and not action[3, 29:].any()
+    assert state[0].sum() == 1
+
+
+def test_no_mask_where_everything_reads_everything(make_spec) -> None:
+    graph = Graph(make_spec())
+    assert graph.mask(["action"], ["obs", "future", "state", "action"], {}) is None
+
+
+def test_absent_tokens_are_not_read_and_do_not_count(make_spec) -> None:
+    graph = Graph(make_spec())
+    present = torch.ones(1, 16, dtype=torch.bool)
+    present[0, 10:] = False
+    mask = graph.mask(["action"], ["obs", "action"], {"obs": present})
+    assert mask is not None and mask[0, 0, :, :10].all() and not mask[0, 0, :, 10:16].any() and mask[0, 0, :, 16:].all()
+    positions = graph.positions({"obs": present}, 1)
+    assert positions["future"][0].tolist() == list(range(10, 18)) and positions["action"][0, 0] == 18
+    assert positions["state"].tolist() == [[0]]
+
+
+def test_hash_sees_an_edge(make_spec) -> None:
+    spec = make_spec()
+    assert Graph(spec).hash() == Graph(make_spec()).hash() != Graph(spec.cut(("action", "future"))).hash()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"edges": {"obs": {"action": "full"}}}, "is frozen and must not read action"),
+        ({"edges": {"future": {"action": "full"}}}, "in a cycle"),
+        ({"edges": {"action": {"obs": "causal"}}}, "inside one stream only"),
+        ({"streams": {"action": {"block": None}}, "edges": {"action": {"action": "block_causal"}}}, "needs streams.action.block"),
+        ({"schedule": {"all": {"kind": "prefill", "streams": ["obs"]}}}, "must name every stream once"),
+        (
+            {
+                "schedule": {
+                    "a": {"kind": "denoise", "streams": ["action"]},
+                    "b": {"kind": "prefill", "streams": ["obs", "state"]},
+                    "c": {"kind": "regress", "streams": ["future"]},
+                }
+            },
+            "which a later phase makes",
+        ),
+    ],
+)
+def test_a_graph_that_cannot_run_is_refused(changes: dict, message: str, make_spec) -> None:
+    with pytest.raises(UserError, match=message):
+        Graph(make_spec(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"streams": {"obs": {"expert": "nobody"}}}, "names no expert: 'nobody'"),
+        ({"edges": {"action": {"sky": "full"}}}, "names no stream: 'sky'"),
+        ({"heads": {"state": {"kind": "flow", "action_dim": 3}}}, "must be 'actions'"),
+        ({"experts": {"gen": {"depth": 3}}}, "one depth"),
+        ({"experts": {"act": {"widht": 4}}}, "did you mean 'width'"),
+        ({"space": {"heads": 3}}, "multiple of kv_heads"),
+    ],
+)
+def test_a_spec_that_does_not_hold_together_is_refused(changes: dict, message: str, make_spec) -> None:
+    with pytest.raises(UserError, match=message):
+        make_spec(**changes)
+
+
+def test_cutting_an_edge_that_is_not_there(make_spec) -> None:
+    with pytest.raises(UserError, match="no edge obs <- action to cut; it has"):
+        make_spec().cut(("obs", "action"))

@@ -1,0 +1,103 @@
+"""The model from observation to action: engine, foresight, flow, prompts, tables."""
+
+import pytest
+import torch
+from rich.console import Console
+
+from triune import UserError
+from triune.vla import Inputs, build
+from triune.vla.engine import infer
+from triune.vla.experts.pretrained import PromptEncoder
+from triune.vla.flow import draw_times, euler, interpolate
+from triune.vla.proofs import probe
+from triune.vla.show import draw, facts, show
+
+
+def test_velocity_leads_from_noise_to_data() -> None:
+    noise, data = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    torch.testing.assert_close(interpolate(noise, data, torch.zeros(2, 3)), noise)
+    torch.testing.assert_close(interpolate(noise, data, torch.ones(2, 3)), data)
+    torch.testing.assert_close(euler(lambda x, t: data - noise, noise, steps=7), data)
+
+
+def test_beta_times_lie_near_noise() -> None:
+    times = draw_times((20000,), "beta", torch.Generator().manual_seed(0))
+    assert 0 <= times.min() and times.max() < 1
+    assert times.mean() == pytest.approx(1 - (0.999 * 0.6 + 0.001), abs=0.01)  # Beta(1.5, 1) has mean 0.6
+
+
+def test_inference_is_a_function_of_its_noise(make_spec) -> None:
+    model = build(make_spec()).eval()
+    data = probe(model)
+    first, again = infer(model, data.inputs, data.noise), infer(model, data.inputs, data.noise)
+    assert torch.equal(first.actions, again.actions) and first.actions.shape == (2, 6, 3)
+    assert not torch.equal(first.actions, infer(model, data.inputs, data.noise + 1).actions)
+
+
+def test_a_prefix_kept_from_before_changes_nothing(make_spec) -> None:
+    model = build(make_spec()).eval()
+    data = probe(model)
+    with torch.no_grad():
+        kept, _ = model.observe(data.inputs)
+    again = infer(model, Inputs(present=data.inputs.present, state=data.inputs.state, ids=data.inputs.ids), data.noise, {"obs": kept["obs"]})
+    torch.testing.assert_close(again.actions, infer(model, data.inputs, data.noise).actions, atol=1e-6, rtol=0)
+
+
+def test_cut_edges_change_the_answer_and_keep_the_weights(make_spec) -> None:
+    spec = make_spec()
+    whole, cut = build(spec).eval(), build(spec.cut(("action", "obs"))).eval()
+    assert whole.state_dict().keys() == cut.state_dict().keys()
+    data = probe(whole)
+    assert not torch.equal(infer(whole, data.inputs, data.noise).actions, infer(cut, data.inputs, data.noise).actions)
+
+
+def test_foresight_patches_come_back_as_latents(make_spec) -> None:
+    module = build(make_spec()).foresight["future"]
+    images = torch.randint(0, 256, (2, 2, 3, 32, 32), dtype=torch.uint8)
+    patches = module.encode(images)
+    assert patches.shape == (2, 8, module.out.out_features)
+    latents = module.autoencoder.encode(images.flatten(0, 1).float() / 127.5 - 1).latents
+    direct = ((module.autoencoder.decode(latents).sample + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    assert (module.decode(patches).flatten(0, 1).int() - direct.int()).abs().max() <= 1
+
+
+def test_foresight_length_must_fit_the_latents(make_spec) -> None:
+    with pytest.raises(UserError, match="needs 8 tokens"):
+        build(make_spec(streams={"future": {"length": 9}}))
+
+
+def test_space_must_be_that_of_the_weights(make_spec) -> None:
+    with pytest.raises(UserError, match="live in the attention space"):
+        build(make_spec(space={"kv_heads": 4}))
+
+
+def test_random_weights_are_the_same_each_time(make_spec, tiny_weights) -> None:
+    spec = make_spec(experts={"und": {"weights": "random:" + tiny_weights["vlm"]}})
+    a, b, trained = build(spec, seed=1), build(spec, seed=2), build(make_spec())
+    first = lambda m: next(m.mot.experts["und"].parameters())  # noqa: E731
+    assert torch.equal(first(a), first(b)) and not torch.equal(first(a), first(trained))
+
+
+def test_prompts_hold_their_images_and_are_refused_when_too_long(make_spec) -> None:
+    expert = build(make_spec()).mot.experts["und"]
+    encoder = PromptEncoder(expert.folder, 24)
+    ids, present = encoder(["lift the red cube", "lift the cube"], 2)
+    assert ids.shape == (2, 24) and (ids == expert.model.config.image_token_id).sum(1).tolist() == [2 * expert.image_tokens] * 2
+    assert present.sum(1)[0] == present.sum(1)[1] + 1
+    with pytest.raises(UserError, match="the spec's prompt stream holds 24"):
+        encoder(["lift the red cube " * 10], 2)
+
+
+def test_tables_and_drawing(make_spec, tiny_tree, tmp_path) -> None:
+    spec = make_spec()
+    data = facts(spec)
+    assert data["trained"] < data["parameters"] and data["matrix"]["action"]["obs"] == "full"
+    assert draw(spec).startswith("<svg")
+    path = tmp_path / "probe.yaml"
+    import yaml
+
+    path.write_text(yaml.safe_dump(tiny_tree))
+    console = Console(record=True, width=120)
+    console.print(show(str(path), tmp_path / "probe.png"))
+    text = console.export_text()
+    assert "execution order and cache plan" in text and "causal" in text and (tmp_path / "probe.png").stat().st_size > 1000

@@ -1,0 +1,142 @@
+"""A spec as people read it: tables for the terminal, one drawing for reports."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .graph import Graph
+from .model import Model, build
+from .spec import DecoderExpert, Spec, load_spec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+RELATION_COLOURS = {"full": "#4477aa", "causal": "#66ccee", "block_causal": "#228833", "own_block": "#ccbb44"}
+"""Paul Tol's bright palette: told apart by colour-blind readers."""
+
+
+def facts(spec: Spec, model: Model | None = None) -> dict[str, object]:
+    """Everything that ``vla model show`` prints, as data: streams, matrix, phases with what they keep, parameters."""
+    graph = Graph(spec)
+    model = model or build(spec)
+    kept = graph.cached()
+    counts = {}
+    for name, expert in model.mot.experts.items():
+        total = sum(p.numel() for p in expert.parameters())
+        counts[name] = {"parameters": total, "trained": sum(p.numel() for p in expert.parameters() if p.requires_grad)}
+    rest = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("mot.experts."))
+    return {
+        "name": spec.name,
+        "about": spec.about.strip(),
+        "graph_hash": graph.hash(),
+        "streams": {n: s.model_dump(mode="json") for n, s in spec.streams.items()},
+        "matrix": {row: dict(zip(graph.names, cells, strict=True)) for row, cells in zip(graph.names, graph.matrix(), strict=True)},
+        "phases": {n: {**p.model_dump(mode="json"), "keeps": list(kept[n])} for n, p in graph.phases.items()},
+        "experts": counts,
+        "heads_and_encoders": rest,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def show(name: str, png: Path | None = None, overrides: list[str] | None = None) -> "RenderableType":
+    """The tables of the spec ``name`` for a rich console; with ``png`` the drawing is written too."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    spec = load_spec(name, overrides)
+    data = facts(spec)
+    graph = Graph(spec)
+    if png is not None:
+        figure(spec).savefig(png, dpi=160)
+
+    streams = Table("stream", "expert", "tokens", "length", "positions", "head", title="streams")
+    for n, s in spec.streams.items():
+        head = spec.heads.get(n)
+        streams.add_row(n, s.expert + (" (frozen)" if spec.experts[s.expert].frozen else ""), s.tokens, str(s.length), s.positions, head.kind if head else "")
+    matrix = Table("row reads", *graph.names, title="attention graph (* = gradient stops)")
+    for row, cells in zip(graph.names, graph.matrix(), strict=True):
+        matrix.add_row(row, *cells)
+    phases = Table("phase", "kind", "runs", "keeps for later", "how often", title="execution order and cache plan")
+    for n, p in graph.phases.items():
+        kept = ", ".join(graph.cached()[n]) or "nothing"
+        phases.add_row(n, p.kind, ", ".join(p.streams), kept, f"{p.steps or 10} steps" if p.kind == "denoise" else "once an observation")
+    experts = Table("expert", "made of", "parameters", "trained", title="parameters")
+    for n, counts in data["experts"].items():  # type: ignore[attr-defined]
+        config = spec.experts[n]
+        made = f"decoder, {config.depth} layers of {config.width}" if isinstance(config, DecoderExpert) else config.weights
+        experts.add_row(n, made, f"{counts['parameters']:,}", f"{counts['trained']:,}")
+    experts.add_row("heads, encoders", "", f"{data['heads_and_encoders']:,}", f"{data['heads_and_encoders']:,}")
+    experts.add_row("all", "", f"{data['parameters']:,}", f"{data['trained']:,}")
+    return Group(Text(f"{spec.name}  graph {data['graph_hash']}", style="bold"), Text(spec.about.strip()), streams, matrix, phases, experts)
+
+
+def draw(spec: Spec) -> str:
+    """The drawing of ``figure`` as an SVG element for an HTML page."""
+    buffer = io.StringIO()
+    figure(spec).savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def figure(spec: Spec) -> "Figure":
+    """Left, the mask as the backbone sees it, one square per token pair; right, the phases and what each keeps."""
+    import numpy as np
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+
+    graph = Graph(spec)
+    names = graph.names
+    lengths = [spec.streams[n].length for n in names]
+    edges = np.cumsum([0, *lengths])
+    picture = np.ones((edges[-1], edges[-1], 3))
+    mask = graph.mask(names, names, {})
+    allowed = np.ones((edges[-1], edges[-1]), bool) if mask is None else mask[0, 0].numpy()
+    for (row, col), edge in graph.edges.items():
+        r, c = names.index(row), names.index(col)
+        part = (slice(edges[r], edges[r + 1]), slice(edges[c], edges[c + 1]))
+        picture[part][allowed[part]] = to_rgb(RELATION_COLOURS[edge.relation])
+
+    fig = Figure(figsize=(9.6, 4.6), layout="constrained")
+    left, right = fig.subplots(1, 2, width_ratios=[1, 1.1])
+    scale = _readable(lengths)
+    left.pcolormesh(scale, scale, np.zeros((len(names), len(names))), alpha=0)
+    for r in range(len(names)):
+        for c in range(len(names)):
+            block = picture[edges[r] : edges[r + 1], edges[c] : edges[c + 1]]
+            left.imshow(block, extent=(scale[c], scale[c + 1], scale[r + 1], scale[r]), aspect="auto", interpolation="nearest")
+    middles = [(scale[i] + scale[i + 1]) / 2 for i in range(len(names))]
+    labels = [f"{n}\n{length}" for n, length in zip(names, lengths, strict=True)]
+    left.set(xlim=(0, scale[-1]), ylim=(scale[-1], 0), xticks=middles, yticks=middles, xticklabels=labels, yticklabels=labels, xlabel="is read", ylabel="reads")
+    left.set_title(f"{spec.name}: who reads whom", fontsize=10, loc="left")
+    for at in scale[1:-1]:
+        left.axhline(at, color="#bbbbbb", lw=0.8)
+        left.axvline(at, color="#bbbbbb", lw=0.8)
+    left.tick_params(length=0, labelsize=8)
+    _phases(right, graph)
+    return fig
+
+
+def _readable(lengths: list[int]) -> list[float]:
+    """Block borders on an axis where short streams stay visible: widths grow with the root of the length."""
+    borders = [0.0]
+    for length in lengths:
+        borders.append(borders[-1] + max(length, 1) ** 0.5 + 1.5)
+    return borders
+
+
+def _phases(axes: object, graph: Graph) -> None:
+    kept = graph.cached()
+    axes.set(xlim=(0, 10), ylim=(len(graph.phases) + 0.3, -0.3))  # type: ignore[attr-defined]
+    axes.axis("off")  # type: ignore[attr-defined]
+    axes.set_title("order, caches", fontsize=10, loc="left")  # type: ignore[attr-defined]
+    for i, (name, phase) in enumerate(graph.phases.items()):
+        often = f"{phase.steps or 10} steps" if phase.kind == "denoise" else "once"
+        box = {"boxstyle": "round,pad=0.5", "facecolor": "#eef3f8", "edgecolor": "#4477aa", "linewidth": 1.0}
+        experts = ", ".join(dict.fromkeys(graph.spec.streams[s].expert for s in phase.streams))
+        text = f"{name}: {phase.kind} {', '.join(phase.streams)}  ({often}, expert {experts})"
+        axes.text(0.2, i + 0.3, text, fontsize=9, va="center", bbox=box)  # type: ignore[attr-defined]
+        if kept[name]:
+            axes.text(0.6, i + 0.75, f"keeps K/V of {', '.join(kept[name])}", fontsize=8, va="center", color="#555555")  # type: ignore[attr-defined]
