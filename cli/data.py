@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .output import print_json, print_table, progress_bar
+from .output import duration, print_json, print_table, progress_bar
 
 app = typer.Typer(name="data", no_args_is_help=True, help="Record and inspect datasets.")
 SCENES = "scenes:"
@@ -40,10 +40,21 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Show what a dataset holds: episodes, tasks, cameras, and the range of every state and action dimension."""
-    from ..data.inspect import inspect as run
+    from ..data.readers.lerobot import inspect as run
 
     found = run(dataset)
     if json:
         print_json(found)
         return
-    print_table(str(dataset), ("fact", "value"), [(k, v) for k, v in found.items() if not isinstance(v, list | dict)])
+    length = found["episode_length"]
+    facts = [
+        ("episodes", f"{found['episodes']} of {length['min']} to {length['max']} frames, {length['mean']:.0f} on average"),
+        ("frames", f"{found['frames']} at {found['fps']:g} Hz, {duration(found['seconds'])}"),
+        ("cameras", ", ".join(f"{camera['name']} {camera['height']}x{camera['width']}" for camera in found["cameras"])),
+        ("worlds", ", ".join(found["worlds"]) or "not recorded"),
+        ("unknown", ", ".join(found["unknown"]) or "nothing"),
+    ]
+    print_table(found["path"], ("fact", "value"), facts)
+    print_table("Tasks", ("task", "episodes"), found["tasks"].items())
+    rows = [(key, *row.values()) for key, ranges in found["ranges"].items() for row in ranges]
+    print_table("Ranges", ("feature", "dimension", "min", "max", "mean", "constant"), rows)

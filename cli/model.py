@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .output import print_json, print_table
+from .output import print_json, print_renderable, print_table
 
 app = typer.Typer(name="model", no_args_is_help=True, help="Look at model specs, prove them, score a VLM.")
 
@@ -14,12 +14,20 @@ app = typer.Typer(name="model", no_args_is_help=True, help="Look at model specs,
 @app.command()
 def show(
     spec: Annotated[str, typer.Argument(help="A name in configs/model, or a path to a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the spec.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the attention graph into this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Print a spec's streams, attention matrix, order, cache plan and parameter counts."""
+    from ..vla import load_spec
+    from ..vla.show import facts
     from ..vla.show import show as run
 
-    print(run(spec, png))
+    drawn = run(spec, png, overrides)
+    if json:
+        print_json(facts(load_spec(spec, overrides)))
+    else:
+        print_renderable(drawn)
 
 
 @app.command()

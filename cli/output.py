@@ -11,9 +11,15 @@ def print_json(result: Any) -> None:
     print(json.dumps(result, indent=2))
 
 
+def print_renderable(thing: Any) -> None:
+    """Something that rich can draw, on stdout."""
+    from rich.console import Console
+
+    Console().print(thing)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table on stdout: the first column to the left, the others to the right."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold")
@@ -21,7 +27,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    Console().print(table)
+    print_renderable(table)
 
 
 def print_rates(results: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -163,6 +164,35 @@ def checkpoint(folder: Path) -> None:
     seal(folder)
 
 
+def dataset(folder: Path, cameras: tuple[str, ...] = ("agentview", "wrist"), state: int = 10, action: int = 7) -> list[str]:
+    """A dataset of one tiny episode, and the command that trains the quickstart's recipe on it."""
+    from triune.data import Camera, Contract, Episode, Vector
+    from triune.data.writer import DatasetWriter
+
+    def vector(letter: str, size: int) -> Vector:
+        return Vector(names=tuple(f"{letter}{i}" for i in range(size)))
+
+    contract = Contract(cameras=tuple(Camera(name=name) for name in cameras), state=vector("s", state), action=vector("a", action), rate=20)
+    images = {name: np.zeros((3, 96, 96, 3), np.uint8) for name in cameras}
+    columns = {"action.expert": np.zeros((3, action), np.float32)}
+    episode = Episode(images, np.zeros((3, state), np.float32), np.zeros((3, action), np.float32), "lift the red cube", extra=columns)
+    with DatasetWriter(folder / "dataset", contract, 20) as writer:
+        writer.add(episode)
+    return ["train", "quickstart", "data=dataset"]
+
+
+def dataset_with_one_camera(folder: Path) -> list[str]:
+    return dataset(folder, cameras=("agentview",))
+
+
+def dataset_with_other_actions(folder: Path) -> list[str]:
+    return dataset(folder, action=4)
+
+
+def dataset_with_other_state(folder: Path) -> list[str]:
+    return dataset(folder, state=4)
+
+
 def no_run_to_resume(folder: Path) -> list[str]:
     return ["train", "quickstart", "--resume", "--out", str(folder / "run")]
 
@@ -172,7 +202,10 @@ MISTAKES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
     "wrong recipe key": (["train", "quickstart", "train.stesp=3"], "unknown key 'train.stesp'; did you mean 'steps'?"),
     "malformed override": (["train", "quickstart", "train.steps"], "must have the form key.subkey=value"),
     "unknown kind": (["train", "quickstart", "kind=polici"], "its kind 'polici' is unknown; did you mean 'policy'?"),
-    "missing dataset": (["train", "quickstart", "datasets=[nowhere]"], "nowhere"),
+    "missing dataset": (["train", "quickstart", "data=nowhere"], "nowhere"),
+    "dataset without a camera": (dataset_with_one_camera, "has no camera wrist (it has agentview)"),
+    "dataset of other actions": (dataset_with_other_actions, "'action.expert' has 4 dimensions, triune_tiny takes 7 for its action"),
+    "dataset of other state": (dataset_with_other_state, "'observation.state' has 4 dimensions, triune_tiny takes 10 for its state"),
     "nothing to resume": (no_run_to_resume, "there is no run to resume"),
     "unknown suite": (["eval", "quikstart", "--policy", "expert"], "there is no suite config 'quikstart'; did you mean 'quickstart'?"),
     "wrong suite key": (wrong_suite_key, "unknown key 'tasks.cubes/lift-red.scord'; did you mean 'scored'?"),
