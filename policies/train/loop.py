@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from .logs import RunLog
 from .optim import TrainConfig, learning_rate, resolve_device, resolve_precision
-from .state import TrainState, load_state, publish, step_folders
+from .state import TrainState, load_state, publish, settle, step_folders
 
 __all__ = ["Hook", "StepReport", "Task", "TrainConfig", "step_seed", "train"]
 
@@ -87,6 +87,7 @@ def train(task: Task, config: TrainConfig, out: Path, resume: bool = False, hook
             run to resume; a loss or the gradient is not finite (nothing is updated or saved then).
     """
     begin(out, resume)
+    settle(out, config.keep)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
@@ -159,8 +160,8 @@ def refuse_non_finite(values: dict[str, float], step: int) -> None:
     broken = [f"'{name}' is {value}" for name, value in values.items() if not np.isfinite(value)]
     if broken:
         raise UserError(
-            f"training stopped at step {step}: {', '.join(broken)}; nothing of this step was kept. Look at the data of that step, lower "
-            "train.lr or train.clip, or use train.precision=fp32, then start anew or resume from the last checkpoint"
+            f"training stopped at step {step}: {', '.join(broken)}; nothing of this step was kept. Mend the data of that step and resume, "
+            "or start a new run with a lower train.lr or train.clip, or with train.precision=fp32"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ...config import Strict
 from ...errors import UserError
@@ -120,11 +121,11 @@ class Ema:
         self.parameters = parameters
         self.average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after ``step`` updates (counted from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+        average = get_ema_multi_avg_fn(decay)
+        average(list(self.average.values()), list(self.parameters.values()), None)
 
 
 def resolve_device(name: str) -> torch.device:

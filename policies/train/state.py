@@ -6,6 +6,7 @@ weights, moving average, optimizer moments, learned buffers; step, settings, run
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,17 @@ def step_folders(out: Path) -> list[Path]:
     return sorted((p for p in (out / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)), key=lambda p: int(p.name[5:]))
 
 
+def settle(out: Path, keep: int) -> None:
+    """Point ``last`` at the newest checkpoint; delete those beyond ``keep``, and what a kill left half written or half deleted."""
+    for left in [*(out / "checkpoints").glob(".tmp-step-*"), *(out / "checkpoints").glob(".old-*")]:
+        shutil.rmtree(left)
+    saved = step_folders(out)
+    if saved:
+        replace_link(saved[-1].with_name("last"), saved[-1].name)
+    for old in saved[:-keep]:
+        remove(old)
+
+
 def save_state(folder: Path, state: TrainState, config: TrainConfig) -> None:
     """Write ``training/`` into a checkpoint folder that is being made."""
     training = folder / "training"
@@ -153,9 +165,7 @@ def publish(out: Path, save: Callable[[Path, dict[str, Tensor]], None], state: T
     with atomic_folder(path) as folder:
         save(folder, state.weights())
         save_state(folder, state, config)
-    replace_link(path.parent / "last", path.name)
-    for old in step_folders(out)[: -config.keep]:
-        remove(old)
+    settle(out, config.keep)
     return path
 
 

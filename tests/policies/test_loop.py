@@ -154,6 +154,66 @@ def test_sigkill_at_any_moment_then_resume(straight: Path, tmp_path: Path) -> No
     assert same_checkpoint(resumed, straight / "checkpoints/last")
 
 
+KILL_POINTS = """
+import itertools, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch, torch.utils.tensorboard
+from test_loop import CONFIG, Toy
+from triune.policies.train.loop import train
+
+def die_at(point):
+    count = itertools.count(1)
+    def wrap(operation):
+        def call(*args, **kwargs):
+            if next(count) == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*args, **kwargs)
+        return call
+    for name in ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "symlink"):
+        setattr(os, name, wrap(getattr(os, name)))
+
+def child(out, point):
+    process = os.fork()
+    if process == 0:
+        die_at(point)
+        train(Toy(), CONFIG.model_copy(update={"keep": 1}), out, resume=(out / "log.jsonl").exists())
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+torch.optim.AdamW(Toy().module.parameters(), fused=True)  # its first use imports for a second; not in every child
+for point in itertools.count(1):
+    out = Path(sys.argv[2]) / str(point)
+    if child(out, point) == 0:
+        break  # there are not so many file operations
+    assert child(out, 0) == 0
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_file_operation_the_run_is_the_same(straight: Path, tmp_path: Path) -> None:
+    """SIGKILL just before the first, second, ... file operation of a run, then one resumption: always the straight run's end."""
+    subprocess.run([sys.executable, "-c", KILL_POINTS, str(Path(__file__).parent), str(tmp_path)], check=True)
+    runs = list(tmp_path.iterdir())
+    assert len(runs) > 40
+    for run in runs:
+        assert losses_of(run) == losses_of(straight)
+        assert same_checkpoint(run / "checkpoints/last", straight / "checkpoints/last")
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last", "step-000012"]
+
+
+def test_what_a_kill_left_behind_is_settled(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"save_every": 3})
+    train(Toy(), config, tmp_path)
+    folder = tmp_path / "checkpoints"
+    (folder / ".tmp-step-000099").mkdir()
+    (folder / ".old-step-000003").mkdir()
+    (folder / "last").unlink()
+    train(Toy(), config, tmp_path, resume=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["last", "step-000006", "step-000009", "step-000012"]
+    assert (folder / "last").resolve().name == "step-000012"
+
+
 def test_frozen_parameters_stay_and_old_checkpoints_go(tmp_path: Path) -> None:
     task = Toy()
     before = {name: value.clone() for name, value in task.module["frozen"].state_dict().items()}
