@@ -1,6 +1,23 @@
 """The words that all folders share, and datasets."""
 
 from .contract import Camera, Contract, Vector
+from .loader import ChunkSampler
+from .readers import Dataset, open_dataset
+from .statistics import Statistics, compute_statistics
+from .transforms import Normaliser
 from .types import ActionChunk, Episode, Observation
 
-__all__ = ["ActionChunk", "Camera", "Contract", "Episode", "Observation", "Vector"]
+__all__ = [
+    "ActionChunk",
+    "Camera",
+    "ChunkSampler",
+    "Contract",
+    "Dataset",
+    "Episode",
+    "Normaliser",
+    "Observation",
+    "Statistics",
+    "Vector",
+    "compute_statistics",
+    "open_dataset",
+]

@@ -62,7 +62,8 @@ class Contract(Strict):
         for part in ("state", "action"):
             mine, yours = getattr(self, part), getattr(other, part)
             if mine.size != yours.size:
-                found.append(f"{part} has {mine.size} dimensions ({', '.join(mine.names)}) here and {yours.size} ({', '.join(yours.names)}) there")
+                sizes = f"{mine.size} dimensions ({', '.join(mine.names)}) here and {yours.size} ({', '.join(yours.names)}) there"
+                found.append(f"{part} has {sizes}")
             else:
                 found += _differences(part, mine, yours, ("names", "units", "frame", "rotation", "gripper", "mode"))
         return found + _differences("contract", self, other, ("rate", "render"))
@@ -75,7 +76,8 @@ class Contract(Strict):
         """
         found = self.conflicts(other)
         if found:
-            raise UserError(f"{mine} does not fit {yours}: {'; '.join(found)}. Use {yours} as {mine} was made for, or make {mine} anew from data of {yours}")
+            mend = f"Give {mine} what it was made for, or make {mine} anew from data of {yours}"
+            raise UserError(f"{mine} does not fit {yours}: {'; '.join(found)}. {mend}")
 
 
 def _differences(where: str, a: Strict, b: Strict, fields: tuple[str, ...]) -> list[str]:

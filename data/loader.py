@@ -31,7 +31,7 @@ def split_episodes(dataset: Dataset, held_out: float, seed: int = 0) -> tuple[li
         validation += members[chosen].tolist()
         train += np.delete(members, chosen).tolist()
     if not train:
-        raise UserError(f"{dataset.path} has {len(dataset.episodes)} episodes: none is left for training when {held_out:.0%} of each task are held out")
+        raise UserError(f"{dataset.path}: no episode is left for training when {held_out:.0%} of each task are held out; hold out less")
     return sorted(train), sorted(validation)
 
 

@@ -2,35 +2,28 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from ..config import Strict, parse
 from ..errors import UserError
 from .files import write_text
 from .readers import Dataset
 
-NEAR_CONSTANT = 1e-4
-"""A dimension whose standard deviation and q01-q99 range are below this is taken as constant."""
+Row = tuple[float, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Statistics:
-    """Per dimension, float64 (D,): true quantiles of all values, not averages of per-episode ones."""
+class Statistics(Strict):
+    """Statistics per dimension. The quantiles are those of all values, not averages of per-episode ones."""
 
-    mean: np.ndarray
-    std: np.ndarray
-    min: np.ndarray
-    max: np.ndarray
-    q01: np.ndarray
-    q99: np.ndarray
+    mean: Row
+    std: Row
+    min: Row
+    max: Row
+    q01: Row
+    q99: Row
     count: int
-
-    @property
-    def constant(self) -> np.ndarray:
-        """Dimensions that hardly vary, bool (D,): normalisation leaves their scale alone."""
-        return (self.std < NEAR_CONSTANT) & (self.q99 - self.q01 < NEAR_CONSTANT)
 
 
 def statistics_of(values: np.ndarray) -> Statistics:
@@ -46,10 +39,13 @@ def statistics_of(values: np.ndarray) -> Statistics:
         bad = np.flatnonzero(~np.isfinite(rows).all(0)).tolist()
         raise UserError(f"dimensions {bad} hold values that are not finite; drop these frames from the dataset")
     q01, q99 = np.quantile(rows, (0.01, 0.99), axis=0)
-    return Statistics(rows.mean(0), rows.std(0), rows.min(0), rows.max(0), q01, q99, len(rows))
+    found = {"mean": rows.mean(0), "std": rows.std(0), "min": rows.min(0), "max": rows.max(0), "q01": q01, "q99": q99}
+    return Statistics(count=len(rows), **{name: tuple(value.tolist()) for name, value in found.items()})
 
 
-def compute_statistics(dataset: Dataset, keys: Sequence[str] | None = None, episodes: Sequence[int] | None = None) -> dict[str, Statistics]:
+def compute_statistics(
+    dataset: Dataset, keys: Sequence[str] | None = None, episodes: Sequence[int] | None = None
+) -> dict[str, Statistics]:
     """Statistics of each vector feature over all frames of the dataset, or of some episodes.
 
     Args:
@@ -58,33 +54,26 @@ def compute_statistics(dataset: Dataset, keys: Sequence[str] | None = None, epis
         episodes: episode indices; default: all. Give the training split, so that nothing is learnt from the other.
     """
     chosen = dataset.episodes if episodes is None else [dataset.episodes[i] for i in episodes]
-    frames = np.concatenate([np.arange(e.start, e.start + e.length) for e in chosen]) if chosen else np.zeros(0, np.int64)
+    frames = np.concatenate([np.arange(e.start, e.start + e.length) for e in chosen] or [np.zeros(0, np.int64)])
     return {key: statistics_of(dataset.vectors[key][frames]) for key in keys or dataset.vectors}
 
 
 def save_statistics(statistics: Mapping[str, Statistics], path: str | Path) -> None:
-    """Write JSON: feature -> {mean, std, min, max, q01, q99, count}, the layout of LeRobot's ``stats.json``."""
-    tree = {
-        key: {f.name: [entry.count] if f.name == "count" else getattr(entry, f.name).tolist() for f in fields(Statistics)}
-        for key, entry in statistics.items()
-    }
-    write_text(Path(path), json.dumps(tree, indent=1))
+    """Write JSON: feature -> {mean, std, min, max, q01, q99, count}."""
+    write_text(Path(path), json.dumps({key: entry.model_dump(mode="json") for key, entry in statistics.items()}, indent=1))
 
 
 def load_statistics(path: str | Path) -> dict[str, Statistics]:
     """Read what ``save_statistics`` wrote.
 
     Raises:
-        UserError: the file is missing, broken, or lacks an entry.
+        UserError: the file is missing or broken.
     """
     file = Path(path)
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
-        return {
-            key: Statistics(count=int(entry["count"][0]), **{f.name: np.array(entry[f.name], np.float64) for f in fields(Statistics) if f.name != "count"})
-            for key, entry in tree.items()
-        }
     except FileNotFoundError:
-        raise UserError(f"there is no statistics file {file}; compute it with `vla data stats`") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not a statistics file ({type(error).__name__}: {error}); compute it anew with `vla data stats`") from None
+        raise UserError(f"there is no statistics file {file}; a checkpoint folder holds one") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is cut off or not JSON ({error}); restore it from a copy") from None
+    return {key: parse(Statistics, entry, f"{file}, {key}") for key, entry in tree.items()}

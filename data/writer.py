@@ -119,7 +119,7 @@ class DatasetWriter:
         if self.path.exists() and not begun and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path} exists and is not a dataset; choose another folder, or remove it")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path)
+        self._lock: int | None = _lock(self.path)
         try:
             if (self.path / "meta" / "info.json").is_file():
                 self._resume()
@@ -167,8 +167,8 @@ class DatasetWriter:
         meta, frames = (self._encode_videos if self.video else self._encode_images)(episode, features, state)
 
         self._data.add(frames)
-        for file in sorted((self._stage / "videos").rglob("*.mp4")):
-            publish(file, self.path / file.relative_to(self._stage))
+        for video in sorted((self._stage / "videos").rglob("*.mp4")):
+            publish(video, self.path / video.relative_to(self._stage))
         row = pq.read_table(self._stage / self._episodes.path.relative_to(self.path))
         self._episodes.add(row)
         if (self._stage / "meta" / "tasks.parquet").is_file():
@@ -219,7 +219,8 @@ class DatasetWriter:
                 found = get_feature_stats(pixels, axis=(0, 2, 3), keepdims=True)
                 key = f"observation.images.{camera}"
                 statistics[key] = {name: value if name == "count" else np.squeeze(value / 255.0, axis=0) for name, value in found.items()}
-                columns[key] = pa.StructArray.from_arrays([pa.array(pool.map(_png, images), pa.binary()), pa.array(names)], ["bytes", "path"])
+                encoded = pa.array(pool.map(_png, images), pa.binary())
+                columns[key] = pa.StructArray.from_arrays([encoded, pa.array(names)], ["bytes", "path"])
         for key, value in vectors.items():
             kind = schema.field(key).type
             flat = pa.array(np.ascontiguousarray(value).reshape(-1), kind if value.ndim == 1 else kind.value_type)
@@ -237,7 +238,14 @@ class DatasetWriter:
 
         os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder prints 40 lines per file otherwise
         dataset = LeRobotDataset.create(
-            REPOSITORY, self.fps, features, root=self._stage, robot_type=self.robot, video_backend="pyav", streaming_encoding=True, metadata_buffer_size=1
+            REPOSITORY,
+            self.fps,
+            features,
+            root=self._stage,
+            robot_type=self.robot,
+            video_backend="pyav",
+            streaming_encoding=True,
+            metadata_buffer_size=1,
         )
         state.restore(dataset.meta, self._data, self._episodes)
         dataset.clear_episode_buffer()
@@ -275,9 +283,9 @@ class DatasetWriter:
             if value.shape[1] != vector.size:
                 problems.append(f"its {name} has {value.shape[1]} dimensions and the contract's {vector.size}")
         if self._state is not None:
-            stored = {key: (f["dtype"], tuple(f["shape"])) for key, f in self._state.info.features.items() if key not in DEFAULT_COLUMNS}
-            mine = {key: (f["dtype"], tuple(f["shape"])) for key, f in features.items()}
-            problems += [f"{key} is {mine.get(key)} here and {stored.get(key)} there" for key in sorted(mine | stored) if mine.get(key) != stored.get(key)]
+            mine, stored = _kinds(features), _kinds(self._state.info.features)
+            different = [key for key in sorted(mine | stored) if mine.get(key) != stored.get(key)]
+            problems += [f"its {key} is {mine.get(key, 'absent')}, and {stored.get(key, 'absent')} in the episodes before" for key in different]
         if problems:
             raise UserError(f"an episode does not fit {self.path}: {'; '.join(problems)}. Record it into another folder")
         return features
@@ -339,6 +347,11 @@ def _lock(path: Path) -> int:
 def _vectors(episode: Episode) -> dict[str, np.ndarray]:
     columns = {"observation.state": episode.state, "action": episode.action, **episode.extra}
     return {key: np.asarray(value, np.float32).reshape(len(value), -1) for key, value in columns.items()}
+
+
+def _kinds(features: dict[str, Any]) -> dict[str, str]:
+    """What of lerobot's feature table must not change between episodes."""
+    return {key: f"{f['dtype']} {tuple(f['shape'])}" for key, f in features.items() if key not in DEFAULT_COLUMNS}
 
 
 def _without_statistics(row: pa.Table) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class PngColumn:
             if frames is None:
                 frames = np.empty((len(indices), *image.shape), np.uint8)
             if image.shape != frames.shape[1:]:
-                raise UserError(f"{self.key} holds frames of different sizes, {image.shape} and {frames.shape[1:]}; convert them to one size")
+                sizes = f"{image.shape} and {frames.shape[1:]}"
+                raise UserError(f"{self.key} holds frames of different sizes, {sizes}; convert them to one size")
             frames[position] = image
         if frames is None:
             raise ValueError("no frames were asked for")
@@ -135,7 +136,7 @@ class _Decode(Protocol):
 def _decoder() -> _Decode:
     """torchcodec where its FFmpeg libraries are installed, PyAV (which brings its own) otherwise."""
     try:
-        import torchcodec  # noqa: F401  # raises RuntimeError or OSError where FFmpeg is not found
+        import torchcodec  # type: ignore[import-untyped]  # noqa: F401  # raises RuntimeError or OSError without FFmpeg
     except (ImportError, RuntimeError, OSError):
         return decode_pyav
     return decode_torchcodec
@@ -143,7 +144,7 @@ def _decoder() -> _Decode:
 
 def decode_torchcodec(path: Path, times: list[float], fps: float) -> np.ndarray:
     """Frames shown at ``times`` (ascending seconds) as uint8 (n, H, W, 3); half a frame later absorbs rounding."""
-    from torchcodec.decoders import VideoDecoder
+    from torchcodec.decoders import VideoDecoder  # type: ignore[import-untyped]
 
     decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
     frames: np.ndarray = decoder.get_frames_played_at([time + 0.5 / fps for time in times]).data.numpy()

@@ -27,6 +27,8 @@ DEFAULT_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_i
 DECODE_BLOCK = 64
 """Frames that one thread decodes at a time in ``Dataset.load_images``."""
 
+MEND = "copy the dataset again, or record it anew"
+
 Progress = Callable[[int, int], None]
 
 
@@ -97,7 +99,7 @@ class Dataset:
             IndexError: an index is not in [0, N).
         """
         wanted = np.asarray(indices, dtype=np.int64)
-        if len(wanted) and not (0 <= wanted.min() and wanted.max() < len(self)):
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise IndexError(f"frames {wanted.min()}..{wanted.max()} asked of a dataset of {len(self)} frames")
         return self._source(camera).read(wanted)
 
@@ -140,7 +142,7 @@ def open_dataset(path: str | Path) -> Dataset:
         raise UserError(f"{root} holds no episodes yet; record some with `vla data record`")
     rows = sorted((row for row in read_episode_rows(root) if row["episode_index"] < total), key=lambda row: row["episode_index"])
     if [row["episode_index"] for row in rows] != list(range(total)):
-        raise UserError(f"{root}/meta/episodes describes {len(rows)} of the {total} episodes in meta/info.json; copy the dataset again, or record it anew")
+        raise UserError(f"{root}/meta/episodes describes {len(rows)} of the {total} episodes that meta/info.json counts; {MEND}")
     facts = read_facts(root)
     episodes: list[EpisodeInfo] = []
     for row in rows:
@@ -150,7 +152,7 @@ def open_dataset(path: str | Path) -> Dataset:
     features: dict[str, dict[str, Any]] = info["features"]
     files, file_starts = _data_files(root, info, rows, episodes)
     names = [key for key, feature in features.items() if _is_vector(key, feature)]
-    columns = _read_columns(files, [*names, "episode_index", "task_index"], total, len(rows) and episodes[-1].frames.stop)
+    columns = _read_columns(files, [*names, "episode_index", "task_index"], total, episodes[-1].frames.stop)
     if "action" not in names:
         raise UserError(f"{root} has no 'action' feature in meta/info.json; add one, or give a dataset of demonstrations")
     vectors = {key: columns[key] for key in names}
@@ -179,7 +181,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             {"name": name, "min": float(low), "max": float(high), "mean": float(mean), "constant": bool(low == high)}
             for name, low, high, mean in zip(names, values.min(0), values.max(0), values.mean(0), strict=True)
         ]
-    fields = [("rate", contract.rate), ("render", contract.render)]
+    fields: list[tuple[str, object]] = [("rate", contract.rate), ("render", contract.render)]
     fields += [(f"camera {camera.name} flip", camera.flip) for camera in contract.cameras]
     for part, vector in (("state", contract.state), ("action", contract.action)):
         fields += [(f"{part} {name}", value) for name, value in (("units", vector.units), ("frame", vector.frame), ("mode", vector.mode))]
@@ -216,9 +218,8 @@ def read_info(root: Path) -> dict[str, Any]:
         raise UserError(f"{file} is cut off or not JSON ({error}); restore it from a copy of the dataset") from None
     version = str(info.get("codebase_version"))
     if not version.startswith("v3."):
-        raise UserError(
-            f"{root} is a LeRobotDataset {version}, v3.0 is needed; convert it with `python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=<its id> --root={root}`"
-        )
+        convert = f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=local/{root.name} --root={root}"
+        raise UserError(f"{root} is a LeRobotDataset {version}, v3.0 is needed; convert it with `{convert}`")
     return info
 
 
@@ -278,11 +279,9 @@ def _read_parquet(file: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         return pq.read_table(file, columns=columns)
     except FileNotFoundError:
-        raise UserError(f"{file} is missing; copy the dataset again, or record it anew") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"{file} is cut off: its recorder was stopped before finalize() ({str(error).splitlines()[0]}); `vla data repair` keeps the complete episodes"
-        ) from None
+        raise UserError(f"{file} is missing; {MEND}") from None
+    except (pa.ArrowInvalid, OSError):
+        raise UserError(f"{file} is cut off: its recorder was stopped before finalize(), so its episodes are lost; {MEND}") from None
 
 
 def read_episode_rows(root: Path) -> list[dict[str, Any]]:
@@ -327,7 +326,7 @@ def _read_columns(files: list[Path], names: list[str], episodes: int, frames: in
             parts[name].append(flat.to_numpy(zero_copy_only=False).reshape(len(keep), -1)[keep].astype(np.float32))
     found = sum(map(len, parts["episode_index"]))
     if found != frames:
-        raise UserError(f"{files[0].parents[1]} holds {found} frames where meta/episodes counts {frames}; copy the dataset again, or record it anew")
+        raise UserError(f"{files[0].parents[1]} holds {found} frames where meta/episodes counts {frames}; {MEND}")
     return {name: np.ascontiguousarray(np.concatenate(arrays)) for name, arrays in parts.items()}
 
 
