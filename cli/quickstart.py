@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .output import duration, print_rates, print_table
+from .output import duration, print_rates, print_table, progress_bar
 
 
 def quickstart(
@@ -20,27 +20,33 @@ def quickstart(
     """Record demonstrations, train the three-expert policy, evaluate it in closed loop, write a report. All offline."""
     from ..config import CONFIGS, Strict, load
 
-    class Demonstrations(Strict):
+    class Record(Strict):
         episodes: int
         noise: float = 0.0
 
-    class Quickstart(Strict):
-        record: dict[str, Demonstrations]
+    class Train(Strict):
         recipe: str
+        overrides: list[str] = []
+
+    class Evaluate(Strict):
         suite: str
         episodes: int
-        seed: int
+        seed: int = 1_000_000
+        overrides: list[str] = []
+
+    class Quickstart(Strict):
+        record: dict[str, Record]
+        train: Train
+        evaluate: Evaluate
         workers: int
 
     plan = load(Quickstart, CONFIGS / "quickstart.yaml", overrides)
     stages = Stages(out)
-    folders = {world: out / "data" / world.replace("/", "-") for world in plan.record}
-    for world, wanted in plan.record.items():
-        record = partial(_record, world, wanted.episodes, wanted.noise, plan.workers, folders[world])
-        stages.run(f"record {world}", wanted.model_dump(), record)
-    stages.run("train", {"recipe": plan.recipe}, lambda: _train(plan.recipe, list(folders.values()), out / "train"))
-    judged = {"suite": plan.suite, "episodes": plan.episodes, "seed": plan.seed}
-    stages.run("evaluate", judged, lambda: _evaluate(plan.suite, plan.episodes, plan.seed, plan.workers, out))
+    for world, demonstrations in plan.record.items():
+        inputs = demonstrations.model_dump()
+        stages.run(f"record {world}", inputs, partial(_record, world, out / "data", workers=plan.workers, **inputs))
+    stages.run("train", plan.train.model_dump(), partial(_train, out, **plan.train.model_dump()))
+    stages.run("evaluate", plan.evaluate.model_dump(), partial(_evaluate, out, workers=plan.workers, **plan.evaluate.model_dump()))
 
     print_table("Stages", ("stage", "time"), [(name, duration(done["seconds"])) for name, done in stages.done.items()])
     print_rates(json.loads((out / "eval" / "results.json").read_text()))
@@ -48,9 +54,9 @@ def quickstart(
 
 
 class Stages:
-    """The finished stages of a quickstart folder, kept in its ``stages.json``: name -> inputs and seconds.
+    """The finished stages of a quickstart's folder, kept in its ``stages.json``: name -> inputs and seconds.
 
-    A stage that is done is skipped; one that was interrupted begins again where it can.
+    A finished stage is skipped; an interrupted one goes on where its own work can.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,30 +75,42 @@ class Stages:
                 was, now = (", ".join(f"{k}={v}" for k, v in d.items()) for d in (self.done[name]["inputs"], inputs))
                 raise UserError(f"'{name}' in {self.folder} was done with {was}, now it is {now}: give another --out, or delete the folder")
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
         typer.echo(f"== {name}", err=True)
         start = time.perf_counter()
         work()
         self.done[name] = {"inputs": inputs, "seconds": round(time.perf_counter() - start, 1)}
-        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.done, indent=2))
         temporary.replace(self.path)
 
 
-def _record(world: str, episodes: int, noise: float, workers: int, out: Path) -> None:
+def _record(world: str, out: Path, episodes: int, noise: float, workers: int) -> None:
     from ..envs.record import record
 
-    record(world, episodes, out, noise=noise, workers=workers)
+    with progress_bar(world) as progress:
+        record(world, episodes, out, noise=noise, workers=workers, progress=progress)
 
 
-def _train(recipe: str, datasets: list[Path], out: Path) -> None:
+def _train(out: Path, recipe: str, overrides: list[str]) -> None:
     from ..policies.train.recipe import run
 
-    listed = ", ".join(json.dumps(str(path)) for path in datasets)
-    run(recipe, [f"datasets=[{listed}]"], out, resume=out.exists())
+    folder = out / "train"
+    run(recipe, [*overrides, f"data={json.dumps(str(out / 'data'))}"], folder, resume=(folder / "recipe.yaml").is_file())
 
 
-def _evaluate(suite: str, episodes: int, seed: int, workers: int, out: Path) -> None:
-    from ..eval.suite import evaluate
+def _evaluate(out: Path, suite: str, episodes: int, seed: int, overrides: list[str], workers: int) -> None:
+    from ..eval import evaluate, write_report
 
-    evaluate(suite, str(out / "train" / "checkpoints" / "last"), episodes=episodes, seed=seed, out=out / "eval", workers=workers)
+    with progress_bar("episodes") as progress:
+        evaluate(
+            suite,
+            str(out / "train" / "checkpoints" / "last"),
+            out=out / "eval",
+            episodes=episodes,
+            seed=seed,
+            workers=workers,
+            overrides=overrides,
+            on_episode=lambda _, done, total: progress(done, total),
+        )
+    write_report(out / "eval")

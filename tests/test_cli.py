@@ -222,7 +222,7 @@ MISTAKES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
     "unknown spec": (["model", "show", "triune_tyni"], "did you mean 'triune_tiny'?"),
     "unknown spec to check": (["model", "check", "triune_tyni"], "did you mean 'triune_tiny'?"),
     "wrong spec key": (wrong_spec_key, "unknown key 'steams'; did you mean 'streams'?"),
-    "wrong quickstart key": (["quickstart", "epsodes=3"], "unknown key 'epsodes'; did you mean 'episodes'?"),
+    "wrong quickstart key": (["quickstart", "worker=3"], "unknown key 'worker'; did you mean 'workers'?"),
 }
 
 
