@@ -8,6 +8,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+ifeq ($(shell uname),Linux)
+export MUJOCO_GL ?= $(shell /sbin/ldconfig -p | grep -q libEGL.so.1 && echo egl || echo osmesa)
+endif
+
 .PHONY: help venv quickstart test check lint format bench clean
 .DEFAULT_GOAL := help
 
@@ -57,7 +61,7 @@ format: venv
 	@$(BIN)/ruff format .
 
 bench: venv
-	@$(BIN)/vla bench
+	@$(BIN)/vla bench --out eval/results
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -8,7 +8,6 @@ import typer
 from .output import duration, print_json, print_table, progress_bar
 
 app = typer.Typer(name="data", no_args_is_help=True, help="Record and inspect datasets.")
-SCENES = "scenes:"
 
 
 @app.command()
@@ -20,17 +19,31 @@ def record(
     noise: Annotated[float, typer.Option(min=0, help="Noise on executed actions (standard deviation).")] = 0.0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that simulate.")] = 2,
     keep_failures: Annotated[bool, typer.Option("--all", help="Keep failed episodes too.")] = False,
+    size: Annotated[int, typer.Option(min=16, help="Height and width of the images in pixels.")] = 96,
+    render: Annotated[str, typer.Option(help="Render profile: fast (no shadows, no reflections) or default.")] = "fast",
+    video: Annotated[bool, typer.Option("--video", help="Store AV1 video instead of PNG: smaller, no longer bit for bit.")] = False,
 ) -> None:
     """Record demonstrations of a world's scripted expert as a LeRobotDataset."""
-    if world.startswith(SCENES):
-        from ..envs.scenes import record_scenes
+    from ..envs.record import record as record_episodes
+    from ..envs.scenes import record_scenes
 
-        with progress_bar("scenes") as progress:
-            record_scenes(world, episodes, out, seed=seed, workers=workers, progress=progress)
-    else:
-        from ..envs.record import record as run
-
-        run(world, episodes, out, seed=seed, noise=noise, workers=workers, keep_failures=keep_failures)
+    with progress_bar(world) as progress:
+        if world.startswith("scenes:"):
+            record_scenes(world, episodes, out, seed=seed, workers=workers, size=size, progress=progress)
+        else:
+            record_episodes(
+                world,
+                episodes,
+                out,
+                seed=seed,
+                noise=noise,
+                workers=workers,
+                keep_failures=keep_failures,
+                render=render,
+                size=size,
+                video=video,
+                progress=progress,
+            )
     print(f"dataset: {out}")
 
 

@@ -3,13 +3,14 @@
 Verb files import the library inside their functions, so that ``vla --help`` starts in a fraction of a second.
 """
 
+import logging
 import sys
 from typing import Annotated
 
 import typer
 
 from .. import UserError, __version__
-from . import data, evaluate, model, quickstart, train, verify
+from . import bench, data, evaluate, model, quickstart, train, verify
 
 app = typer.Typer(name="vla", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("quickstart")(quickstart.quickstart)
@@ -18,6 +19,7 @@ app.command("eval")(evaluate.evaluate)
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.command("verify")(verify.verify)
+app.command("bench")(bench.bench)
 
 
 def _version(wanted: bool) -> None:
@@ -35,6 +37,7 @@ def _root(
 
 def main() -> None:
     """Run ``vla``. A user's mistake is one line on stderr and exit code 2; Ctrl-C exits with 130."""
+    logging.getLogger("lerobot").setLevel(logging.ERROR)  # it warns at length that FFmpeg is missing; PyAV brings its own
     try:
         app()
     except UserError as error:

@@ -21,7 +21,7 @@ def quickstart(
     from ..config import CONFIGS, Strict, load
 
     class Record(Strict):
-        episodes: int
+        worlds: dict[str, int]
         noise: float = 0.0
 
     class Train(Strict):
@@ -35,16 +35,14 @@ def quickstart(
         overrides: list[str] = []
 
     class Quickstart(Strict):
-        record: dict[str, Record]
+        record: Record
         train: Train
         evaluate: Evaluate
         workers: int
 
     plan = load(Quickstart, CONFIGS / "quickstart.yaml", overrides)
     stages = Stages(out)
-    for world, demonstrations in plan.record.items():
-        inputs = demonstrations.model_dump()
-        stages.run(f"record {world}", inputs, partial(_record, world, out / "data", workers=plan.workers, **inputs))
+    stages.run("record", plan.record.model_dump(), partial(_record, out, workers=plan.workers, **plan.record.model_dump()))
     stages.run("train", plan.train.model_dump(), partial(_train, out, **plan.train.model_dump()))
     stages.run("evaluate", plan.evaluate.model_dump(), partial(_evaluate, out, workers=plan.workers, **plan.evaluate.model_dump()))
 
@@ -85,11 +83,11 @@ class Stages:
         temporary.replace(self.path)
 
 
-def _record(world: str, out: Path, episodes: int, noise: float, workers: int) -> None:
-    from ..envs.record import record
+def _record(out: Path, worlds: dict[str, int], noise: float, workers: int) -> None:
+    from ..envs.record import record_all
 
-    with progress_bar(world) as progress:
-        record(world, episodes, out, noise=noise, workers=workers, progress=progress)
+    with progress_bar("demonstrations") as progress:
+        record_all(worlds, out / "data", noise=noise, workers=workers, progress=progress)
 
 
 def _train(out: Path, recipe: str, overrides: list[str]) -> None:

@@ -22,6 +22,7 @@ VERBS = (
     ("train",),
     ("eval",),
     ("verify",),
+    ("bench",),
     ("data",),
     ("data", "record"),
     ("data", "inspect"),
@@ -222,6 +223,7 @@ MISTAKES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
     "unknown spec": (["model", "show", "triune_tyni"], "did you mean 'triune_tiny'?"),
     "unknown spec to check": (["model", "check", "triune_tyni"], "did you mean 'triune_tiny'?"),
     "wrong spec key": (wrong_spec_key, "unknown key 'steams'; did you mean 'streams'?"),
+    "unknown benchmark": (["bench", "lodaer"], "there is no benchmark 'lodaer'; did you mean 'loader'?"),
     "wrong quickstart key": (["quickstart", "worker=3"], "unknown key 'worker'; did you mean 'workers'?"),
 }
 

@@ -19,8 +19,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """The library's three jobs replaced by ones that note their arguments and leave the files that the next one looks at."""
     made: Calls = []
 
-    def record(world: str, episodes: int, out: Path, **_: Any) -> None:
-        made.append(("record", (world, episodes)))
+    def record(worlds: dict[str, int], out: Path, **_: Any) -> None:
+        made.append(("record", worlds))
         out.mkdir(parents=True, exist_ok=True)
 
     def train(recipe: str, overrides: list[str], out: Path, resume: bool) -> None:
@@ -35,7 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps(RESULTS))
 
-    monkeypatch.setattr("triune.envs.record.record", record)
+    monkeypatch.setattr("triune.envs.record.record_all", record)
     monkeypatch.setattr("triune.policies.train.recipe.run", train)
     monkeypatch.setattr("triune.eval.evaluate", evaluate)
     monkeypatch.setattr("triune.eval.write_report", lambda out: out / "report.html")
@@ -45,22 +45,22 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 def test_every_stage_runs_once(calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quickstart(None, tmp_path)
     data = json.dumps(str(tmp_path / "data"))
-    assert [name for name, _ in calls] == ["record", "record", "record", "train", "evaluate"]
-    assert calls[3] == ("train", ("quickstart", [f"data={data}"], False))
-    assert calls[4] == ("evaluate", ("quickstart", str(tmp_path / "train" / "checkpoints" / "last")))
+    assert [name for name, _ in calls] == ["record", "train", "evaluate"]
+    assert calls[1] == ("train", ("quickstart", [f"data={data}"], False))
+    assert calls[2] == ("evaluate", ("quickstart", str(tmp_path / "train" / "checkpoints" / "last")))
     printed = capsys.readouterr().out
     assert "75.0 %" in printed
     assert printed.rstrip().endswith("report.html")
     quickstart(None, tmp_path)
-    assert len(calls) == 5
+    assert len(calls) == 3
 
 
 def test_an_interrupted_training_is_resumed(calls: Calls, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         quickstart(["train.overrides=[die]"], tmp_path)
     quickstart(None, tmp_path)
-    assert [name for name, _ in calls] == ["record", "record", "record", "train", "train", "evaluate"]
-    assert calls[4][1][2] is True
+    assert [name for name, _ in calls] == ["record", "train", "train", "evaluate"]
+    assert calls[2][1][2] is True
 
 
 def test_a_folder_of_other_settings_is_refused(calls: Calls, tmp_path: Path) -> None:
