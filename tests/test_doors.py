@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-FOLDERS = ("data", "envs", "eval", "policies", "vla")
+PROMISED = {
+    "data": {"ActionChunk", "Contract", "Observation", "open_dataset"},
+    "envs": {"World", "make_expert", "make_world", "world_names"},
+    "eval": {"evaluate", "write_report"},
+    "policies": {"Plan", "Policy", "Request", "load_policy"},
+    "vla": {"Spec", "build", "load_spec"},
+}
+FOLDERS = tuple(PROMISED)
 MOST_NAMES = 12
 HEAVY = ("torch", "transformers", "diffusers", "lerobot", "datasets", "robosuite", "metaworld", "mujoco", "matplotlib")
 LIGHT = {
@@ -23,6 +30,7 @@ def test_each_folder_has_one_short_door(folder: str) -> None:
     door = importlib.import_module(f"triune.{folder}")
     assert 1 <= len(door.__all__) <= MOST_NAMES
     assert len(set(door.__all__)) == len(door.__all__)
+    assert PROMISED[folder] <= set(door.__all__)
     assert [name for name in door.__all__ if not hasattr(door, name)] == []
     assert door.__doc__
 

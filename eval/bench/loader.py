@@ -55,5 +55,5 @@ def _write(path: Path) -> None:
             phase = generator.uniform(0, 6.28, (FRAMES, 1, 1, 3)) * 0.1 + np.linspace(0, 2, FRAMES)[:, None, None, None]
             waves = np.sin(6 * x[None, :, :, None] + phase) * np.cos(4 * y[None, :, :, None] - phase)
             images = (127 + 100 * waves).astype(np.uint8)
-            vectors = [generator.normal(size=(FRAMES, n)).astype(np.float32) for n in (10, 7)]
-            writer.add(Episode(dict.fromkeys(CAMERAS, images), *vectors, "move"))
+            state, action = (generator.normal(size=(FRAMES, n)).astype(np.float32) for n in (10, 7))
+            writer.add(Episode(dict.fromkeys(CAMERAS, images), state, action, "move"))
