@@ -1,0 +1,146 @@
+"""Rendering MuJoCo scenes: one renderer for every world, two profiles, and the camera geometry behind its pixels.
+
+Images are uint8 (H, W, 3) RGB and upright: x grows to the right, y downwards. ``fast`` switches off multisampling,
+shadows and reflections, which is nearly all of a frame's cost on a CPU (README.md has the numbers); ``default`` leaves
+the model's own settings. The two look different, so a contract names the profile that its data was made with.
+"""
+
+import os
+import sys
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ..errors import UserError
+
+Profile = Literal["fast", "default"]
+
+if sys.platform == "linux":  # no display is needed; must be set before mujoco is imported
+    os.environ.setdefault("MUJOCO_GL", "egl")
+
+
+def check_profile(profile: str) -> None:
+    """Refuse an unknown render profile.
+
+    Raises:
+        UserError: naming the profiles that exist.
+    """
+    if profile not in get_args(Profile):
+        raise UserError(f"render must be one of {', '.join(get_args(Profile))}, got '{profile}'")
+
+
+class Painter:
+    """Renders square images of one MuJoCo model.
+
+    The graphics context is made at the first image, so a world that is never looked at needs none, and it is made in
+    the process that uses it.
+
+    Args:
+        model: ``mujoco.MjModel``. Camera poses, colours and materials may be changed at any time and show in the next image.
+        size: height and width in pixels.
+        profile: ``fast`` or ``default``.
+        groups: geom groups to show; ``None`` keeps MuJoCo's choice.
+    """
+
+    def __init__(self, model: Any, size: int = 96, profile: str = "fast", groups: tuple[int, ...] | None = None) -> None:
+        check_profile(profile)
+        self.model = model
+        self.size = size
+        self.profile = profile
+        self._groups = groups
+        self._renderer: Any = None
+        self._option: Any = None
+
+    def image(self, data: Any, camera: str) -> np.ndarray:
+        """What ``camera`` sees, uint8 (size, size, 3), upright. ``data`` must have been forwarded."""
+        import mujoco
+
+        if self._renderer is None:
+            self._open()
+        self._renderer.update_scene(data, camera, self._option)
+        if self.profile == "fast":
+            self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
+            self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+        return np.ascontiguousarray(self._renderer.render())
+
+    def close(self) -> None:
+        """Free the graphics context; left to the interpreter's exit, EGL prints errors."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    def _open(self) -> None:
+        import mujoco
+
+        if self.profile == "fast":
+            self.model.vis.quality.offsamples = 0  # read when the context is made
+        buffer = self.model.vis.global_
+        buffer.offwidth, buffer.offheight = max(buffer.offwidth, self.size), max(buffer.offheight, self.size)
+        self._option = mujoco.MjvOption()
+        if self._groups is not None:
+            self._option.geomgroup[:] = [group in self._groups for group in range(len(self._option.geomgroup))]
+        self._renderer = mujoco.Renderer(self.model, self.size, self.size)
+
+
+def intrinsics(model: Any, camera: str, size: int) -> np.ndarray:
+    """Pinhole matrix (3, 3) in pixels of a square image of ``size``."""
+    focal = 0.5 * size / np.tan(np.radians(float(model.cam_fovy[camera_id(model, camera)])) / 2)
+    return np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1.0]])
+
+
+def extrinsics(model: Any, data: Any, camera: str) -> np.ndarray:
+    """World-to-camera transform (4, 4) in metres; camera axes are x right, y down, z forward."""
+    index = camera_id(model, camera)
+    rotation = data.cam_xmat[index].reshape(3, 3) * np.array([1.0, -1.0, -1.0])  # MuJoCo's camera looks along -z, y up
+    pose = np.eye(4)
+    pose[:3, :3] = rotation.T
+    pose[:3, 3] = -rotation.T @ data.cam_xpos[index]
+    return pose
+
+
+def project(model: Any, data: Any, camera: str, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where world points fall in the image of ``camera``.
+
+    Args:
+        points: (N, 3) in metres.
+
+    Returns:
+        normalised image coordinates (N, 2): x to the right, y downwards, (0, 0) the upper left and (1, 1) the lower
+        right corner of the upright square image; and depth (N,) in metres along the viewing direction. A point with
+        depth <= 0 lies behind the camera, and one outside [0, 1] lies outside the image.
+    """
+    points = np.asarray(points, dtype=float).reshape(-1, 3)
+    seen = points @ (pose := extrinsics(model, data, camera))[:3, :3].T + pose[:3, 3]
+    focal = intrinsics(model, camera, 1)[0, 0]
+    depth = seen[:, 2]
+    safe = np.where(np.abs(depth) < 1e-9, 1e-9, depth)
+    return 0.5 + focal * seen[:, :2] / safe[:, None], depth
+
+
+def camera_id(model: Any, camera: str) -> int:
+    """MuJoCo's index of a camera.
+
+    Raises:
+        UserError: the model has no such camera; the message lists those it has.
+    """
+    import mujoco
+
+    names = [mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_CAMERA, i) for i in range(model.ncam)]
+    if camera not in names:
+        raise UserError(f"there is no camera '{camera}'; this model has {', '.join(map(str, names))}")
+    return names.index(camera)
+
+
+def look_at(position: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Quaternion (w, x, y, z) of a MuJoCo camera at ``position`` that looks at ``target`` with the world's z upwards."""
+    import mujoco
+
+    back = np.asarray(position, dtype=float) - np.asarray(target, dtype=float)
+    back /= np.linalg.norm(back)
+    right = np.cross([0.0, 0.0, 1.0], back)
+    if np.linalg.norm(right) < 1e-6:  # straight down: the world's -y points right
+        right = np.array([0.0, -1.0, 0.0])
+    right /= np.linalg.norm(right)
+    quaternion = np.zeros(4)
+    mujoco.mju_mat2Quat(quaternion, np.stack([right, np.cross(back, right), back], axis=1).ravel())
+    return quaternion
