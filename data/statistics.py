@@ -43,9 +43,7 @@ def statistics_of(values: np.ndarray) -> Statistics:
     return Statistics(count=len(rows), **{name: tuple(value.tolist()) for name, value in found.items()})
 
 
-def compute_statistics(
-    dataset: Dataset, keys: Sequence[str] | None = None, episodes: Sequence[int] | None = None
-) -> dict[str, Statistics]:
+def compute_statistics(dataset: Dataset, keys: Sequence[str] | None = None, episodes: Sequence[int] | None = None) -> dict[str, Statistics]:
     """Statistics of each vector feature over all frames of the dataset, or of some episodes.
 
     Args:

@@ -75,4 +75,3 @@ class Normaliser:
 
 SMALLEST_SCALE = 1e-4
 """Half the range, or the standard deviation, that still counts as varying."""
-

@@ -10,6 +10,7 @@ Beside lerobot's files lie ``meta/triune.json`` (the contract) and ``meta/triune
 """
 
 import fcntl
+import importlib.util
 import io
 import json
 import os
@@ -39,6 +40,8 @@ FILE_BYTES = 4 * 2**20
 """A parquet file that has grown to this size is not written to again."""
 PNG_LEVEL = 1
 """zlib level: 0.6 ms and 9.5 kB for a rendered 96 px frame; lerobot's 6 takes 1.5 ms for 9.0 kB."""
+SMALLEST_VIDEO = 64
+"""The AV1 encoder ends the whole process with a floating point exception at 16 pixels."""
 STAGING = ".staging"
 REPOSITORY = "local/triune"
 """lerobot asks for a hub id; a folder on disk never uses it."""
@@ -103,6 +106,7 @@ class DatasetWriter:
     """
 
     def __init__(self, path: str | Path, contract: Contract, fps: float, *, video: bool = False, robot: str | None = None) -> None:
+        check_lerobot()
         self.path = Path(path)
         self.contract = contract
         self.fps = int(fps)
@@ -202,7 +206,7 @@ class DatasetWriter:
         count, first = len(episode), meta.total_frames
         steps = np.arange(count)
         vectors: dict[str, np.ndarray] = {
-            "timestamp": (steps / self.fps).astype(np.float32),
+            "timestamp": steps / self.fps,
             "frame_index": steps,
             "episode_index": np.full(count, self._count),
             "index": first + steps,
@@ -275,6 +279,9 @@ class DatasetWriter:
             for key, value in [*episode.images.items(), *_vectors(episode).items()]
             if len(value) != len(episode)
         ]
+        smallest = min(min(images.shape[1:3]) for images in episode.images.values())
+        if self.video and smallest < SMALLEST_VIDEO:
+            problems.append(f"AV1 video needs at least {SMALLEST_VIDEO} pixels each way and its images have {smallest}")
         if len(episode) < 2:
             problems.append("it has fewer than two frames")
         if sorted(episode.images) != sorted(self.contract.camera_names):
@@ -285,7 +292,9 @@ class DatasetWriter:
         if self._state is not None:
             mine, stored = _kinds(features), _kinds(self._state.info.features)
             different = [key for key in sorted(mine | stored) if mine.get(key) != stored.get(key)]
-            problems += [f"its {key} is {mine.get(key, 'absent')}, and {stored.get(key, 'absent')} in the episodes before" for key in different]
+            problems += [
+                f"its {key} is {mine.get(key, 'absent')}, and {stored.get(key, 'absent')} in the episodes before" for key in different
+            ]
         if problems:
             raise UserError(f"an episode does not fit {self.path}: {'; '.join(problems)}. Record it into another folder")
         return features
@@ -331,6 +340,15 @@ class _State:
         before = {"data/chunk_index": data.chunk, "data/file_index": data.file - 1}
         before |= {"meta/episodes/chunk_index": episodes.chunk, "meta/episodes/file_index": episodes.file - 1}
         meta.info, meta.tasks, meta.stats, meta.episodes = self.info, self.tasks, self.stats, [self.last | before]
+
+
+def check_lerobot() -> None:
+    """
+    Raises:
+        UserError: lerobot is not installed.
+    """
+    if importlib.util.find_spec("lerobot") is None:
+        raise UserError("recording needs lerobot, which is not installed; run `pip install 'triune-vla[lerobot]'` (Python 3.12)")
 
 
 def _lock(path: Path) -> int:

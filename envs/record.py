@@ -1,0 +1,295 @@
+"""Demonstrations of the scripted experts, recorded as a LeRobotDataset.
+
+Processes simulate, each with its own worlds; the caller's process writes, in the order of the seeds. So the dataset is
+the same for any number of workers, and a recording that was killed goes on after its last published episode.
+"""
+
+import importlib
+import itertools
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data import Contract, Dataset, Episode
+from ..data.readers.lerobot import read_facts, read_info
+from ..data.writer import DatasetWriter, check_lerobot
+from ..errors import UserError
+from .base import World
+
+Expert = Callable[[dict[str, Any]], np.ndarray]
+Make = Callable[[str, str, int], tuple[World, Expert]]
+"""World name, render profile, image size -> a world and its expert."""
+Progress = Callable[[int, int], None]
+_Job = tuple[str, float, str, int, Make | None]
+"""World name, noise, render profile, image size, ``make``."""
+
+SETTLE = 4
+"""Steps recorded after the first success, so that a policy also sees what to do when it is done."""
+HOPELESS = 20
+"""After so many attempts an expert must have succeeded in at least one of five."""
+FACTS = ("cameras", "gripper")
+"""What of the privileged state at the start is kept beside an episode: camera intrinsics and extrinsics, gripper pose."""
+
+
+def record(
+    world: str,
+    episodes: int,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    noise: float = 0.0,
+    workers: int = 2,
+    keep_failures: bool = False,
+    render: str = "fast",
+    size: int = 96,
+    video: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Record ``episodes`` demonstrations of one world; see ``record_all``."""
+    return record_all(
+        {world: episodes},
+        out,
+        seed=seed,
+        noise=noise,
+        workers=workers,
+        keep_failures=keep_failures,
+        render=render,
+        size=size,
+        video=video,
+        progress=progress,
+    )
+
+
+def record_all(
+    worlds: Mapping[str, int],
+    out: str | Path,
+    *,
+    seed: int = 0,
+    noise: float = 0.0,
+    workers: int = 2,
+    keep_failures: bool = False,
+    render: str = "fast",
+    size: int = 96,
+    video: bool = False,
+    progress: Progress | None = None,
+    make: Make | None = None,
+) -> Path:
+    """Record demonstrations of several worlds into one dataset, world after world.
+
+    A folder that holds a part of them already is continued from each world's next seed.
+
+    Args:
+        worlds: world name -> episodes to have in the end.
+        out: dataset folder.
+        seed: of each world's first attempt; later attempts count up.
+        noise: standard deviation of Gaussian noise on the executed action, all dimensions but the gripper. ``action``
+            is what was executed, ``action.expert`` what the expert wanted.
+        workers: processes that simulate.
+        keep_failures: keep episodes without success too.
+        render: render profile of the worlds.
+        size: height and width of the images in pixels.
+        video: store AV1 video instead of PNG: smaller, and no longer bit for bit.
+        progress: called with (episodes in the dataset, episodes wanted) after each one is on the disk.
+        make: builds a world and its expert; default: those of the registry.
+
+    Returns:
+        the folder.
+
+    Raises:
+        UserError: an expert hardly ever succeeds, the worlds do not share their conventions, or the folder holds
+            something else.
+    """
+    folder = Path(out)
+    have = _recorded(folder)
+    total = sum(worlds.values())
+    done = {name: min(count, len(have.get(name, []))) for name, count in worlds.items()}
+    if progress is not None:
+        progress(sum(done.values()), total)
+    if done == dict(worlds):
+        return folder
+    check_lerobot()
+    threading.Thread(target=importlib.import_module, args=("lerobot.datasets",), daemon=True).start()  # 6 s, while worlds are built
+    writer: DatasetWriter | None = None
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    try:
+        for name in worlds:
+            first = max([seed, *(taken + 1 for taken in have.get(name, []))])
+            tried = kept = 0
+            attempts = _in_order(pool, first, 2 * workers, (name, noise, render, size, make))
+            while done[name] < worlds[name]:
+                contract, episode = next(attempts)
+                tried += 1
+                if writer is None:
+                    writer = DatasetWriter(folder, contract, _rate(contract, name), video=video, robot=name.split("/")[0])
+                contract.require(writer.contract, f"world {name}", str(folder))
+                if keep_failures or episode.meta["success"]:
+                    writer.add(episode)
+                    kept += 1
+                    done[name] += 1
+                    if progress is not None:
+                        progress(sum(done.values()), total)
+                if tried >= HOPELESS and kept * 5 < tried:
+                    rate = f"{kept} of {tried} episodes"
+                    raise UserError(f"the expert of {name} succeeded in {rate}; keep failures too, or choose another world")
+            attempts.close()
+    finally:
+        if writer is not None:
+            writer.close()
+        pool.shutdown(cancel_futures=True)
+    return folder
+
+
+def demonstrate(world: World, expert: Expert, seed: int, noise: float = 0.0) -> Episode:
+    """One episode of an expert in a world, until ``SETTLE`` steps after its first success or the world's time is up.
+
+    Frame t is what a policy sees before action t. Noise is drawn from ``seed`` alone.
+    """
+    generator = np.random.default_rng((seed, 1))
+    space = world.action_space
+    low, high = np.float32(space.low), np.float32(space.high)  # type: ignore[attr-defined]
+    spread = np.array([0.0 if "gripper" in name else noise for name in world.contract.action.names])
+    obs, _ = world.reset(seed=seed)
+    privileged = world.privileged()
+    facts = {name: privileged[name] for name in FACTS if name in privileged}
+    images: dict[str, list[np.ndarray]] = {camera: [] for camera in world.contract.camera_names}
+    states, actions, labels = [], [], []
+    success: int | None = None
+    for step in range(world.max_steps):
+        for camera, frames in images.items():
+            frames.append(obs["pixels"][camera])
+        states.append(obs["agent_pos"])
+        label = np.clip(np.asarray(expert(world.privileged()), np.float32), low, high)
+        action = np.clip(label + spread * generator.standard_normal(len(label)), low, high).astype(np.float32)
+        labels.append(label)
+        actions.append(action)
+        obs, _, _, truncated, info = world.step(action)
+        if success is None and info["is_success"]:
+            success = step + 1
+        if truncated or (success is not None and step + 1 >= success + SETTLE):
+            break
+    meta = {"world": world.name, "seed": seed, "success": success is not None, "first_success_step": success, "noise": noise, **facts}
+    extra = {"action.expert": np.stack(labels)}
+    stacked = {camera: np.stack(frames) for camera, frames in images.items()}
+    return Episode(stacked, np.stack(states).astype(np.float32), np.stack(actions), world.task_description, meta, extra)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How a recorded episode compares with its actions executed again from its seed.
+
+    Attributes:
+        frames: frames compared.
+        first_difference: the first frame where an image or the state differs; ``None`` where all are the same bit for bit.
+        image_error: largest difference of a pixel value.
+        state_error: largest difference of a state dimension.
+    """
+
+    frames: int
+    first_difference: int | None
+    image_error: int
+    state_error: float
+
+
+def replay(dataset: Dataset, episode: int, make: Make | None = None) -> Replay:
+    """Execute the recorded actions of one episode again, and compare every frame.
+
+    Raises:
+        UserError: there is no such episode, or it does not say its world, seed, render profile and image size.
+    """
+    if not 0 <= episode < len(dataset.episodes):
+        raise UserError(f"{dataset.path} has no episode {episode}; it has 0 to {len(dataset.episodes) - 1}")
+    recorded = dataset.episodes[episode]
+    missing = [name for name in ("world", "seed", "render", "size") if name not in recorded.meta]
+    if missing:
+        raise UserError(
+            f"episode {episode} of {dataset.path} does not say its {', '.join(missing)}; only recordings of worlds can be replayed"
+        )
+    world, _ = (make or registered)(recorded.meta["world"], recorded.meta["render"], recorded.meta["size"])
+    indices = np.arange(recorded.start, recorded.start + recorded.length)
+    images = {camera: dataset.frames(camera, indices).astype(np.int16) for camera in dataset.cameras}
+    states, actions = (dataset.vectors[key][indices] for key in ("observation.state", "action"))
+    first, image_error, state_error = None, 0, 0.0
+    try:
+        obs, _ = world.reset(seed=recorded.meta["seed"])
+        for step, action in enumerate(actions):
+            pixels = max(int(np.abs(frames[step] - obs["pixels"][camera]).max()) for camera, frames in images.items())
+            state = float(np.abs(states[step] - obs["agent_pos"]).max())
+            if first is None and (pixels or state):
+                first = step
+            image_error, state_error = max(image_error, pixels), max(state_error, state)
+            obs, *_ = world.step(action)
+    finally:
+        world.close()
+    return Replay(len(actions), first, image_error, state_error)
+
+
+def registered(name: str, render: str, size: int) -> tuple[World, Expert]:
+    """A world of the registry and its expert."""
+    from . import make_expert, make_world
+
+    return make_world(name, render=render, size=size), make_expert(name)
+
+
+def _recorded(folder: Path) -> dict[str, list[int]]:
+    """World -> seeds that a dataset folder holds already."""
+    seeds: dict[str, list[int]] = {}
+    if (folder / "meta" / "info.json").is_file():
+        count = int(read_info(folder)["total_episodes"])
+        for index, fact in read_facts(folder).items():
+            if index < count and "world" in fact:
+                seeds.setdefault(fact["world"], []).append(fact["seed"])
+    return seeds
+
+
+def _rate(contract: Contract, name: str) -> float:
+    if contract.rate is None:
+        raise UserError(f"the contract of world {name} has no control rate; set it, since a dataset needs one")
+    return contract.rate
+
+
+def _in_order(pool: ProcessPoolExecutor, first: int, ahead: int, job: _Job) -> Generator[tuple[Contract, Episode]]:
+    """Attempts of seeds ``first``, ``first + 1``, ... in this order, ``ahead`` of them under way."""
+    waiting: deque[Future[tuple[Contract, Episode]]] = deque()
+    try:
+        for seed in itertools.count(first):
+            waiting.append(pool.submit(_attempt, seed, job))
+            if len(waiting) == ahead:
+                yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _attempt(seed: int, job: _Job) -> tuple[Contract, Episode]:
+    """In a worker: one episode of a world, which is built once and kept."""
+    name, noise, render, size, make = job
+    world, expert = _kept(make or registered, name, render, size)
+    episode = demonstrate(world, expert, seed, noise)
+    episode.meta.update(render=render, size=size)
+    return world.contract, episode
+
+
+@cache
+def _kept(make: Make, name: str, render: str, size: int) -> tuple[World, Expert]:
+    return make(name, render, size)
+
+
+def _end_with_parent() -> None:
+    """In a worker: leave when the recorder was killed, which closes no pipe that a worker waits on."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
