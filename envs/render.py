@@ -40,14 +40,19 @@ class Painter:
         size: height and width in pixels.
         profile: ``fast`` or ``default``.
         groups: geom groups to show; ``None`` keeps MuJoCo's choice.
+        sites: show sites. Robosuite marks the grip point and its axis with them, which no real camera would see;
+            Meta-World draws its goals with them, which the policy must see.
     """
 
-    def __init__(self, model: Any, size: int = 96, profile: str = "fast", groups: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self, model: Any, size: int = 96, profile: str = "fast", groups: tuple[int, ...] | None = None, sites: bool = True
+    ) -> None:
         check_profile(profile)
         self.model = model
         self.size = size
         self.profile = profile
         self._groups = groups
+        self._sites = sites
         self._renderer: Any = None
         self._option: Any = None
 
@@ -79,6 +84,8 @@ class Painter:
         self._option = mujoco.MjvOption()
         if self._groups is not None:
             self._option.geomgroup[:] = [group in self._groups for group in range(len(self._option.geomgroup))]
+        if not self._sites:
+            self._option.sitegroup[:] = 0
         self._renderer = mujoco.Renderer(self.model, self.size, self.size)
 
 

@@ -285,7 +285,7 @@ class Tabletop(ManipulationEnv):  # type: ignore[misc]
 
     def painter(self, size: int = 96, profile: str = "fast") -> render.Painter:
         """A renderer of this scene; close it when done."""
-        return render.Painter(self.sim.model._model, size, profile, groups=(1,))
+        return render.Painter(self.sim.model._model, size, profile, groups=(1,), sites=False)
 
     def images(self, painter: render.Painter) -> dict[str, np.ndarray]:
         """One upright image per camera."""
