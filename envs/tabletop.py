@@ -259,7 +259,7 @@ class Tabletop(ManipulationEnv):  # type: ignore[misc]
         joints, dofs, site = robot._ref_joint_pos_indexes, robot._ref_joint_vel_indexes, robot.eef_site_id["right"]
         data.qpos[joints] = robot.init_qpos
         data.qpos[robot._ref_gripper_joint_pos_indexes["right"]] = np.array([0.5, -0.5]) * width
-        goal = np.array([[np.cos(yaw), np.sin(yaw), 0], [np.sin(yaw), -np.cos(yaw), 0], [0, 0, -1.0]])
+        goal = np.array([[-np.sin(yaw), np.cos(yaw), 0], [np.cos(yaw), np.sin(yaw), 0], [0, 0, -1.0]])
         linear, angular = np.zeros((3, model.nv)), np.zeros((3, model.nv))
         lower, upper = model.jnt_range[robot._ref_joint_indexes].T
         for _ in range(steps):
