@@ -1,0 +1,178 @@
+"""From a dataset to a policy's answer: the recipe, the checkpoint, the contract of plans."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from triune import UserError
+from triune.data import Camera, Contract, Episode, Observation, Vector
+from triune.data.writer import DatasetWriter
+from triune.policies import Request, TriunePolicy, load_policy, read_checkpoint, verify
+from triune.policies.train.policy import Augment, PolicyTask, Recipe, augment
+from triune.policies.train.recipe import run
+
+SIDE = 32
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four short episodes of noise with two instructions; 32 px, two cameras, 5 state and 3 action dimensions."""
+    folder = tmp_path_factory.mktemp("data") / "noise"
+    cameras = tuple(Camera(name=n, height=SIDE, width=SIDE) for n in ("agentview", "wrist"))
+    contract = Contract(cameras=cameras, state=Vector(names=tuple("abcde")), action=Vector(names=tuple("xyz")), rate=20.0, render="fast")
+    with DatasetWriter(folder, contract, 20) as writer:
+        for i in range(4):
+            rng = np.random.default_rng(i)
+            images = {c.name: rng.integers(0, 256, (9, SIDE, SIDE, 3), np.uint8) for c in cameras}
+            state, action = rng.normal(size=(9, 5)).astype(np.float32), rng.normal(size=(9, 3)).astype(np.float32)
+            writer.add(Episode(images, state, action, ("lift the red cube", "lift the cube")[i % 2], {"world": "noise", "seed": i, "success": True}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe_tree(dataset: Path, tiny_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    spec = tmp_path_factory.mktemp("spec") / "probe.yaml"
+    spec.write_text(yaml.safe_dump({**tiny_tree, "streams": {**tiny_tree["streams"], "obs": {**tiny_tree["streams"]["obs"], "length": 24}}}))
+    train = {"steps": 4, "batch_size": 4, "precision": "fp32", "device": "cpu", "save_every": 4}
+    return {"kind": "policy", "spec": str(spec), "data": str(dataset), "executed": 3, "train": train}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(recipe_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree))
+    return run(str(folder / "recipe.yaml"), [], folder / "out", resume=False)
+
+
+@pytest.fixture
+def policy(checkpoint: Path) -> TriunePolicy:
+    return load_policy(checkpoint)
+
+
+def observation(seed: int = 0, words: str = "lift the red cube") -> Observation:
+    rng = np.random.default_rng(seed)
+    return Observation({c: rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8) for c in ("agentview", "wrist")}, rng.normal(size=5), words, 0.5)
+
+
+def answer(policy: TriunePolicy, sessions: list[int]) -> list[np.ndarray]:
+    for s in sessions:
+        policy.reset(str(s), s)
+    return [plan.chunk.actions for plan in policy.plan([Request(str(s), observation(s)) for s in sessions])]
+
+
+def test_a_checkpoint_holds_what_was_trained_and_no_more(checkpoint: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        assert not any("experts.und" in name or "autoencoder" in name for name in file.keys())  # noqa: SIM118
+    assert set(read_checkpoint(checkpoint).info.weights) == {"und", "future"}
+    assert not list(checkpoint.rglob("*.pt")) and not list(checkpoint.rglob("*.pkl"))
+
+
+def test_golden_observations_give_their_actions(checkpoint: Path, policy: TriunePolicy) -> None:
+    rows = verify(read_checkpoint(checkpoint), policy)
+    assert len(rows) >= 4 and all(row.passed for row in rows)
+
+
+def test_plans_fit_the_contract(policy: TriunePolicy) -> None:
+    policy.reset("s", 0)
+    plan = policy.act(Request("s", observation()))
+    assert plan.chunk.actions.shape == (6, 3) and plan.chunk.rate == 20.0 and plan.chunk.time == 0.5
+    assert plan.foresight is not None and plan.foresight["wrist"].shape == (SIDE, SIDE, 3) and plan.foresight["wrist"].dtype == np.uint8
+    assert (policy.contract.chunk, policy.contract.executed, policy.contract.action.normalisation) == (6, 3, "quantile")
+
+
+def test_answers_do_not_depend_on_who_else_asks(policy: TriunePolicy) -> None:
+    together = answer(policy, [1, 2, 3, 4, 5])
+    for i, seed in enumerate([1, 2, 3, 4, 5]):
+        np.testing.assert_array_equal(answer(policy, [seed])[0], together[i])
+
+
+def test_noise_is_keyed_by_seed_and_step(policy: TriunePolicy) -> None:
+    policy.reset("s", 7)
+    first, second = (policy.act(Request("s", observation())).chunk.actions for _ in range(2))
+    policy.reset("s", 7)
+    again = policy.act(Request("s", observation())).chunk.actions
+    policy.reset("s", 8)
+    other = policy.act(Request("s", observation())).chunk.actions
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, second) and not np.array_equal(first, other)
+
+
+def test_words_matter_and_an_edge_can_be_cut(checkpoint: Path, policy: TriunePolicy) -> None:
+    policy.reset("a", 0)
+    policy.reset("b", 0)
+    red, plain = policy.plan([Request("a", observation()), Request("b", observation(words="lift the cube"))])
+    assert not np.array_equal(red.chunk.actions, plain.chunk.actions)
+    assert not np.array_equal(answer(load_policy(checkpoint, cuts=(("action", "obs"),)), [1])[0], answer(policy, [1])[0])
+    with pytest.raises(UserError, match="has no edge obs <- action to cut"):
+        load_policy(checkpoint, cuts=(("obs", "action"),))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (Observation({"agentview": np.zeros((SIDE, SIDE, 3), np.uint8)}, np.zeros(5), "go"), "needs camera 'wrist'"),
+        (Observation({c: np.zeros((48, 48, 3), np.uint8) for c in ("agentview", "wrist")}, np.zeros(5), "go"), "is 48x48, the policy was trained on 32x32"),
+        (Observation({c: np.zeros((SIDE, SIDE, 3), np.uint8) for c in ("agentview", "wrist")}, np.zeros(4), "go"), "has 4 numbers, the policy needs 5"),
+    ],
+)
+def test_an_observation_that_does_not_fit_is_refused(wrong: Observation, message: str, policy: TriunePolicy) -> None:
+    policy.reset("s", 0)
+    with pytest.raises(UserError, match=message):
+        policy.act(Request("s", wrong))
+
+
+def test_a_session_must_begin(policy: TriunePolicy) -> None:
+    with pytest.raises(UserError, match="call reset"):
+        policy.act(Request("never", observation()))
+
+
+def test_training_on_kept_prefixes_equals_the_joint_forward(recipe_tree: dict, tmp_path: Path) -> None:
+    """Kept keys are bf16, so the losses agree to its precision."""
+    tree = {**recipe_tree, "augment": None}
+    kept = PolicyTask(Recipe.model_validate(tree), tmp_path)
+    joint = PolicyTask(Recipe.model_validate({**tree, "cache": {"limit_gb": 1e-9}}), tmp_path)
+    assert kept.prefix is not None and joint.prefix is None
+    losses = []
+    for task in (kept, joint):
+        torch.manual_seed(0)
+        task.module.eval()
+        losses.append(task.losses(task.batch(0)))
+    for name in losses[0]:
+        torch.testing.assert_close(losses[0][name], losses[1][name], rtol=2e-2, atol=1e-3)
+
+
+def test_a_frozen_expert_is_bit_identical_after_training(recipe_tree: dict, tmp_path: Path) -> None:
+    from triune.policies.train.loop import train
+
+    task = PolicyTask(Recipe.model_validate(recipe_tree), tmp_path)
+    before = {n: p.clone() for n, p in task.module.mot.experts["und"].named_parameters()}
+    train(task, task.recipe.train, tmp_path / "out")
+    assert all(torch.equal(before[n], p) for n, p in task.module.mot.experts["und"].named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"overrides": {"cameras": ["agentview", "front"]}}, "has no camera front"),
+        ({"overrides": {"state_dim": 6}}, "'observation.state' has 5 dimensions, probe takes 6"),
+        ({"overrides": {"heads": {"action": {"action_dim": 7}}}}, "'action' has 3 dimensions, probe takes 7"),
+        ({"action_key": "action.expert"}, "has no column 'action.expert'"),
+        ({"data": "nowhere"}, "nowhere"),
+    ],
+)
+def test_a_dataset_that_does_not_fit_is_refused(change: dict, message: str, recipe_tree: dict, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        PolicyTask(Recipe.model_validate({**recipe_tree, **change}), tmp_path)
+
+
+def test_augmentation_is_a_function_of_its_generator() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 2, 8, 8, 3), np.uint8)
+    first, again = (augment(images, Augment(), np.random.default_rng(1)) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert first.dtype == np.uint8 and not np.array_equal(first, images)
+    np.testing.assert_array_equal(augment(images, Augment(brightness=0, contrast=0, saturation=0), np.random.default_rng(1)), images)
