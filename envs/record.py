@@ -15,7 +15,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,9 +22,8 @@ from ..data import Contract, Dataset, Episode
 from ..data.readers.lerobot import read_facts, read_info
 from ..data.writer import DatasetWriter, check_lerobot
 from ..errors import UserError
-from .base import World
+from .base import Expert, World
 
-Expert = Callable[[dict[str, Any]], np.ndarray]
 Make = Callable[[str, str, int], tuple[World, Expert]]
 """World name, render profile, image size -> a world and its expert."""
 Progress = Callable[[int, int], None]
@@ -117,7 +115,8 @@ def record_all(
     if done == dict(worlds):
         return folder
     check_lerobot()
-    threading.Thread(target=importlib.import_module, args=("lerobot.datasets",), daemon=True).start()  # 6 s, while worlds are built
+    loading = threading.Thread(target=importlib.import_module, args=("lerobot.datasets",))  # seconds, while worlds are built
+    loading.start()
     writer: DatasetWriter | None = None
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     try:
@@ -129,6 +128,7 @@ def record_all(
                 contract, episode = next(attempts)
                 tried += 1
                 if writer is None:
+                    loading.join()  # two threads must not import the same modules
                     writer = DatasetWriter(folder, contract, _rate(contract, name), video=video, robot=name.split("/")[0])
                 contract.require(writer.contract, f"world {name}", str(folder))
                 if keep_failures or episode.meta["success"]:
@@ -142,6 +142,7 @@ def record_all(
                     raise UserError(f"the expert of {name} succeeded in {rate}; keep failures too, or choose another world")
             attempts.close()
     finally:
+        loading.join()
         if writer is not None:
             writer.close()
         pool.shutdown(cancel_futures=True)
@@ -154,12 +155,11 @@ def demonstrate(world: World, expert: Expert, seed: int, noise: float = 0.0) -> 
     Frame t is what a policy sees before action t. Noise is drawn from ``seed`` alone.
     """
     generator = np.random.default_rng((seed, 1))
-    space = world.action_space
-    low, high = np.float32(space.low), np.float32(space.high)  # type: ignore[attr-defined]
+    low, high = world.action_space.low, world.action_space.high
     spread = np.array([0.0 if "gripper" in name else noise for name in world.contract.action.names])
     obs, _ = world.reset(seed=seed)
     privileged = world.privileged()
-    facts = {name: privileged[name] for name in FACTS if name in privileged}
+    facts = {name: privileged[name] for name in FACTS}
     images: dict[str, list[np.ndarray]] = {camera: [] for camera in world.contract.camera_names}
     states, actions, labels = [], [], []
     success: int | None = None
