@@ -1,12 +1,16 @@
-"""Scripted experts of the robosuite worlds.
+"""Scripted experts of the robosuite worlds, and how often the expert of any world succeeds.
 
 Each is a pure function of ``World.privileged()``: what to do follows from where things are and how far the gripper is
 closed, never from a counter. So an expert can take over, or label, any state that a policy or noise has led to.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from .registry import make_expert, make_world
 
 GAIN = 16.0
 """Commanded fraction of 5 cm a step per metre of error; above 20 the arm overshoots, at 10 lifting takes 50 steps."""
@@ -16,6 +20,48 @@ CLEARANCE = 0.08
 """Height in metres at which the open gripper passes over things."""
 CARRY = 0.06
 """Height in metres above its place at which a cube is carried."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How an expert did in a world.
+
+    Attributes:
+        episodes: one per seed.
+        steps: control steps until the first success, of the episodes that had one.
+        failures: seeds of the others.
+    """
+
+    name: str
+    episodes: int
+    steps: tuple[int, ...]
+    failures: tuple[int, ...]
+
+    @property
+    def successes(self) -> int:
+        return len(self.steps)
+
+
+def success_rate(name: str, seeds: Iterable[int]) -> Rate:
+    """Run the expert of a world, one episode per seed; only first and last frames are rendered.
+
+    Raises:
+        UserError: there is no such world.
+    """
+    seeds = tuple(seeds)
+    world, act = make_world(name), make_expert(name)
+    steps, failures = [], []
+    try:
+        for seed in seeds:
+            world.reset(seed=seed)
+            _, info, _ = world.expert_chunk(act, world.max_steps)
+            if info["is_success"]:
+                steps.append(int(info["steps"]))
+            else:
+                failures.append(seed)
+    finally:
+        world.close()
+    return Rate(name, len(seeds), tuple(steps), tuple(failures))
 
 
 def expert(privileged: dict[str, Any]) -> np.ndarray:

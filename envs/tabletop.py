@@ -64,7 +64,12 @@ class Thing:
     @property
     def dimensions(self) -> tuple[float, ...]:
         """MuJoCo's geom size."""
-        return {"cube": (self.size,) * 3, "ball": (self.size,), "cylinder": (self.size,) * 2, "capsule": (0.55 * self.size, 0.45 * self.size)}[self.shape]
+        return {
+            "cube": (self.size,) * 3,
+            "ball": (self.size,),
+            "cylinder": (self.size,) * 2,
+            "capsule": (0.55 * self.size, 0.45 * self.size),
+        }[self.shape]
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,10 @@ class Area:
             points = generator.uniform((self.x[0], self.y[0]), (self.x[1], self.y[1]), size=(count, 2))
             distance = np.linalg.norm(points[:, None] - points[None], axis=-1) + np.eye(count) * self.gap
             if (distance >= self.gap).all():
-                return [(float(x), float(y), float(yaw)) for (x, y), yaw in zip(points, generator.uniform(-self.yaw, self.yaw, count))]
+                return [
+                    (float(x), float(y), float(yaw))
+                    for (x, y), yaw in zip(points, generator.uniform(-self.yaw, self.yaw, count), strict=True)
+                ]
         raise ValueError(f"{count} things do not fit into {self} at least {self.gap} m apart")
 
 
@@ -167,7 +175,7 @@ class Tabletop(ManipulationEnv):  # type: ignore[misc]
         super()._reset_internal()
         self.look(self.scene.look)
         poses = self.scene.area.sample(self.generator, len(self.things))
-        self.place(dict(zip(self.things, poses)))
+        self.place(dict(zip(self.things, poses, strict=True)))
 
     # Things
 
@@ -307,4 +315,8 @@ def _add_texture(arena: Any, texture: str) -> None:
 
     file = xml_path_completion(f"textures/{texture}.png")
     SubElement(arena.asset, "texture", {"name": f"tex_{texture}", "type": "cube", "file": file})
-    SubElement(arena.asset, "material", {"name": f"look_{texture}", "texture": f"tex_{texture}", "reflectance": "0", "specular": "0.2", "shininess": "0"})
+    SubElement(
+        arena.asset,
+        "material",
+        {"name": f"look_{texture}", "texture": f"tex_{texture}", "reflectance": "0", "specular": "0.2", "shininess": "0"},
+    )
