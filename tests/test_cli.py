@@ -3,9 +3,9 @@
 import ast
 import importlib
 import json
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,16 +53,17 @@ def vla(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 def test_help_starts_in_half_a_second() -> None:
-    """The ratchet: the whole process, the best of several because the machine may be busy."""
+    """The ratchet: processor time of the whole process, which is its time on an idle machine; the best of several."""
     command = [sys.executable, "-c", "from triune.cli.main import main; main()", "--help"]
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
+    best = float("inf")
+    for _ in range(10):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-        if times[-1] < 0.4:
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if best < 0.4:
             break
-    assert min(times) < 0.5
+    assert best < 0.5
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from triune.data import ActionChunk, Camera, Contract, Observation, Vector
+from triune.data.statistics import save_statistics, statistics_of
 from triune.policies.base import Plan, Policy, Request
 
 RATE = 10.0
@@ -175,7 +176,8 @@ def write_checkpoint(folder: Path) -> Path:
     checkpoint = folder / "checkpoints" / "step-000400"
     checkpoint.mkdir(parents=True)
     (checkpoint / "contract.json").write_text(CONTRACT.model_dump_json())
-    (checkpoint / "statistics.json").write_text(json.dumps({"observation.state": {"mean": [16.0, 16.0]}}))
+    (checkpoint / "manifest.json").write_text('{"files": {}}')
+    save_statistics({"observation.state": statistics_of(np.array([[10.0, 12.0], [22.0, 20.0]], np.float32))}, checkpoint / "statistics.json")
     lines = [{"step": s, "loss": 1 / (1 + s / 50), "loss_flow": 0.7 / (1 + s / 50), "loss_foresight": 0.3 / (1 + s / 90)} for s in range(0, 400, 10)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return checkpoint
