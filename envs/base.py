@@ -53,7 +53,10 @@ class World(gymnasium.Env[dict[str, Any], np.ndarray]):
         self.contract = contract
         self.rate = contract.rate
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(self.rate)}
-        images = {camera.name: Box(0, 255, (camera.height, camera.width, 3), np.uint8) for camera in contract.cameras}
+        images: dict[str, gymnasium.Space[Any]] = {}
+        for camera in contract.cameras:
+            black = np.zeros((camera.height or 0, camera.width or 0, 3), np.uint8)
+            images[camera.name] = Box(black, black + np.uint8(255), dtype=np.uint8)
         low, high = (np.array(values, np.float32) for values in state_range)
         self.observation_space = Dict({"pixels": Dict(images), "agent_pos": Box(low, high, dtype=np.float32)})
         self.action_space: Box = Box(-1.0, 1.0, (contract.action.size,), np.float32)
@@ -109,7 +112,7 @@ class World(gymnasium.Env[dict[str, Any], np.ndarray]):
         images = frames[-1] if video else self._images()
         return self._observe(images), {"is_success": self._success, "truncated": self._truncated, "steps": steps}, frames
 
-    def render(self) -> np.ndarray:  # type: ignore[override]
+    def render(self) -> np.ndarray:
         """The first camera's image, uint8 (H, W, 3)."""
         return self._images()[self.contract.camera_names[0]]
 

@@ -160,7 +160,7 @@ class MetaWorld(World):
         return images
 
     def _build(self) -> None:
-        from metaworld import ALL_V3_ENVIRONMENTS  # type: ignore[attr-defined]
+        from metaworld import ALL_V3_ENVIRONMENTS
 
         env = ALL_V3_ENVIRONMENTS[self.name.removeprefix("metaworld/")]()
         env._set_task_called = True

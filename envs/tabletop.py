@@ -139,7 +139,7 @@ class Scene:
     """Textures, beside those of ``look``, that a later ``look`` may ask for."""
 
 
-class Tabletop(ManipulationEnv):  # type: ignore[misc]
+class Tabletop(ManipulationEnv):
     """robosuite environment over a ``Scene``: Panda, OSC_POSE deltas, 20 Hz, no automatic end, no observables of images.
 
     ``reset`` draws poses for all things from ``generator``; give a seeded one before. The arm's joint noise is drawn by
@@ -151,8 +151,8 @@ class Tabletop(ManipulationEnv):  # type: ignore[misc]
         self.things = {thing.name: thing for thing in scene.things}
         self.generator = np.random.default_rng(0)
         super().__init__(
-            robots="Panda", use_camera_obs=False, has_renderer=False, has_offscreen_renderer=False, control_freq=20, ignore_done=True,
-            hard_reset=False, renderer="mujoco",
+            robots="Panda", initialization_noise="default", use_camera_obs=False, has_renderer=False, has_offscreen_renderer=False,
+            control_freq=20, ignore_done=True, hard_reset=False, renderer="mujoco",
         )  # fmt: skip
 
     # What robosuite asks of a task

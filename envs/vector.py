@@ -91,10 +91,11 @@ class WorldPool:
         if self._failed:
             answers, self._failed = self._failed, []
             return answers
-        busy = {worker.pipe: worker for worker in self._workers if worker.pending}
+        busy = {worker.pipe: worker for worker in self._workers if worker.pending and worker.pipe is not None}
         if not busy:
             raise RuntimeError("no command is under way in this pool")
-        return [answer for pipe in wait_for(list(busy)) for answer in busy[pipe].receive()]  # type: ignore[index]
+        ready = wait_for(list(busy))
+        return [answer for pipe, worker in busy.items() if pipe in ready for answer in worker.receive()]
 
     def close(self) -> None:
         """End all processes; each frees its simulators and renderers first."""
