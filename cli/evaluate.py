@@ -1,11 +1,11 @@
 """``vla eval``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .output import print_json, print_rates, progress_bar
+from .output import print_json, print_renderable, progress_bar
 
 
 def evaluate(
@@ -19,23 +19,46 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Evaluate a policy in closed loop: rates with intervals, videos, one HTML report."""
+    results = judge(suite, policy, out, episodes=episodes, seed=seed, workers=workers, overrides=overrides)
+    if json:
+        print_json(results)
+    else:
+        print_results(results, out)
+
+
+def judge(
+    suite: str, policy: str, out: Path, *, episodes: int | None, seed: int, workers: int, overrides: list[str] | None
+) -> dict[str, Any]:
+    """Evaluate with a progress bar, write the report into ``out``, and return the results."""
+    from ..eval import EXPERT, write_report
     from ..eval import evaluate as run
-    from ..eval import write_report
 
     with progress_bar("episodes") as progress:
         results = run(
             suite,
             policy,
+            out=out,
             episodes=episodes,
             seed=seed,
-            out=out,
             workers=workers,
             overrides=overrides,
             on_episode=lambda _, done, total: progress(done, total),
         )
-    report = write_report(out)
-    if json:
-        print_json(results)
-    else:
-        print_rates(results)
-        print(f"report: {report}")
+    write_report(out, graph_svg=None if policy == EXPERT else _graph(policy))
+    return results
+
+
+def print_results(results: dict[str, Any], out: Path) -> None:
+    """The table of rates, and where the report is."""
+    from ..eval import rates_table
+
+    print_renderable(rates_table(results))
+    print(f"report: {out / 'report.html'}")
+
+
+def _graph(policy: str) -> str:
+    from ..policies import find_checkpoint
+    from ..vla import load_spec
+    from ..vla.show import draw
+
+    return draw(load_spec(str(find_checkpoint(policy) / "spec.yaml")))

@@ -1,4 +1,4 @@
-"""``vla model``: look at specs, prove them, score a VLM."""
+"""``vla model``: look at specs and prove them."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from .output import print_json, print_renderable, print_table
 
-app = typer.Typer(name="model", no_args_is_help=True, help="Look at model specs, prove them, score a VLM.")
+app = typer.Typer(name="model", no_args_is_help=True, help="Look at model specs and prove them.")
 
 
 @app.command()

@@ -30,15 +30,6 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     print_renderable(table)
 
 
-def print_rates(results: dict[str, Any]) -> None:
-    """The tasks, controls and overall rate of an evaluation's results (shape: eval/README.md)."""
-    rows = [_rate_row(row, "" if row["scored"] else "not scored") for row in results["tasks"]]
-    rows += [_rate_row(row, "control") for row in results["controls"]]
-    if results["overall"] is not None:
-        rows.append(_rate_row(results["overall"] | {"name": "overall"}, "the scored tasks"))
-    print_table("Success rates", ("task", "episodes", "successes", "rate", "95 % interval", "note"), rows)
-
-
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr; the callable that it gives takes (done, total)."""
@@ -46,20 +37,24 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(label, total=None)
+
+    def update(done: int, total: int) -> None:
+        bar.start()  # not before: an error that comes first is all there is to read
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def duration(seconds: float) -> str:
     """``75.2`` as ``1 min 15 s``."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _rate_row(row: dict[str, Any], note: str) -> tuple[object, ...]:
-    low, high = row["ci95"]
-    return row["name"], row["episodes"], row["successes"], f"{100 * row['rate']:.1f} %", f"{100 * low:.0f}-{100 * high:.0f} %", note
 
 
 def _cell(value: object) -> str:

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .output import duration, print_rates, print_table, progress_bar
+from .evaluate import judge, print_results
+from .output import duration, print_table, progress_bar
 
 
 def quickstart(
@@ -47,8 +48,7 @@ def quickstart(
     stages.run("evaluate", plan.evaluate.model_dump(), partial(_evaluate, out, workers=plan.workers, **plan.evaluate.model_dump()))
 
     print_table("Stages", ("stage", "time"), [(name, duration(done["seconds"])) for name, done in stages.done.items()])
-    print_rates(json.loads((out / "eval" / "results.json").read_text()))
-    print(f"report: {out / 'eval' / 'report.html'}")
+    print_results(json.loads((out / "eval" / "results.json").read_text()), out / "eval")
 
 
 class Stages:
@@ -98,17 +98,5 @@ def _train(out: Path, recipe: str, overrides: list[str]) -> None:
 
 
 def _evaluate(out: Path, suite: str, episodes: int, seed: int, overrides: list[str], workers: int) -> None:
-    from ..eval import evaluate, write_report
-
-    with progress_bar("episodes") as progress:
-        evaluate(
-            suite,
-            str(out / "train" / "checkpoints" / "last"),
-            out=out / "eval",
-            episodes=episodes,
-            seed=seed,
-            workers=workers,
-            overrides=overrides,
-            on_episode=lambda _, done, total: progress(done, total),
-        )
-    write_report(out / "eval")
+    policy = str(out / "train" / "checkpoints" / "last")
+    judge(suite, policy, out / "eval", episodes=episodes, seed=seed, workers=workers, overrides=overrides)

@@ -29,7 +29,6 @@ VERBS = (
     ("model",),
     ("model", "show"),
     ("model", "check"),
-    ("model", "score"),
 )
 Run = Callable[..., tuple[int, str, str]]
 
