@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..data import Observation
+from ..data.files import publish
 from ..errors import UserError
 
 Key = tuple[str | None, str, int]
@@ -129,10 +130,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file: temporary file beside it, fsync, rename."""
+    """Write a whole file, or leave what was there; the folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    publish(temporary, path)

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,6 @@ class Cinema:
     def save(self, job: Job, reel: Reel) -> str:
         """Write the film of an episode; returns the video's path relative to ``out``."""
         path = self.out / "videos" / f"{job.slug}.mp4"
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, encode(list(pictures(reel)), reel.rate / _stride(reel.rate)))
         panel(self.out / "foresight" / job.slug, job, reel)
         return f"videos/{path.name}"
@@ -90,7 +90,7 @@ def pictures(reel: Reel) -> list[np.ndarray]:
     if shown[-1] != len(reel.frames) - 1:
         shown.append(len(reel.frames) - 1)
     out = []
-    for index in shown + [shown[-1]] * 10:  # the end stays for half a second
+    for index in shown:
         page = Image.new("RGB", (width + width % 2, height + height % 2), PAPER)
         draw = ImageDraw.Draw(page)
         _title(draw, width, reel, index)
@@ -103,9 +103,9 @@ def pictures(reel: Reel) -> list[np.ndarray]:
                 expected = due.images.get(camera) if due else None
                 came = reel.frames[due.due][camera] if due and due.due < len(reel.frames) else None
                 _cell(page, draw, row, 1, expected, f"expected at {when}" if due else "expected")
-                _cell(page, draw, row, 2, came, f"came at {when}" if came is not None else "episode ended before")
+                _cell(page, draw, row, 2, came, f"actual at {when}" if came is not None else "the episode ended before")
         out.append(np.asarray(page))
-    return out
+    return out + [out[-1]] * 10  # the end stays for half a second
 
 
 def encode(frames: list[np.ndarray], fps: float) -> bytes:
@@ -133,7 +133,6 @@ def panel(stem: Path, job: Job, reel: Reel) -> None:
     came = [p for p in reel.foresight if p.due < len(reel.frames)]
     if not came:
         return
-    stem.parent.mkdir(parents=True, exist_ok=True)
     picked = [came[i] for i in sorted({round(i * (len(came) - 1) / (SHOWN - 1)) for i in range(SHOWN)})]
     cameras = [name for name in reel.frames[0] if all(name in p.images for p in picked)]
     error, still = [], []
@@ -165,21 +164,26 @@ def panel(stem: Path, job: Job, reel: Reel) -> None:
     write_atomic(stem.with_name(f"{stem.name}.json"), json.dumps(facts))
 
 
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
 def _stride(rate: float) -> int:
     return max(1, round(rate / FPS))
 
 
 def _title(draw: ImageDraw.ImageDraw, width: int, reel: Reel, index: int) -> None:
-    small = ImageFont.load_default(13)
+    small = _font(13)
     time = f"{index / reel.rate:5.2f} s"
     won = reel.first_success is not None and index >= reel.first_success
     right = f"success   {time}" if won else time
     length = draw.textlength(right, small)
     room = width - length - 4 * GAP
     words = reel.instruction
-    while draw.textlength(words, ImageFont.load_default(15)) > room and len(words) > 4:
+    while draw.textlength(words, _font(15)) > room and len(words) > 4:
         words = words[:-2].rstrip("…") + "…"
-    draw.text((GAP, 8), words, INK, ImageFont.load_default(15))
+    draw.text((GAP, 8), words, INK, _font(15))
     draw.text((width - GAP - length, 9), right, GOOD if won else INK, small)
     done = index / max(1, len(reel.frames) - 1)
     draw.rectangle((GAP, HEAD - 5, width - GAP, HEAD - 4), FAINT)
@@ -188,7 +192,7 @@ def _title(draw: ImageDraw.ImageDraw, width: int, reel: Reel, index: int) -> Non
 
 def _cell(page: Image.Image, draw: ImageDraw.ImageDraw, row: int, column: int, image: np.ndarray | None, label: str) -> None:
     x, y = GAP + column * (CELL + GAP), HEAD + row * (CELL + GAP + 18)
-    draw.text((x, y), label, INK, ImageFont.load_default(12))
+    draw.text((x, y), label, INK, _font(12))
     if image is None:
         draw.rectangle((x, y + 18, x + CELL - 1, y + 17 + CELL), FAINT)
     else:

@@ -1,6 +1,5 @@
-"""Where a result comes from: machine, versions, command, fingerprint of a checkpoint."""
+"""Where a result comes from: machine, versions, command."""
 
-import hashlib
 import os
 import platform
 import shlex
@@ -34,19 +33,6 @@ def versions() -> dict[str, str]:
 def command() -> str:
     """The command line of this process, as a person would type it."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def fingerprint(folder: Path) -> str:
-    """sha256 over names and contents of a checkpoint's files; its training state is left out."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and name.parts[0] != "training":
-            digest.update(f"{name.as_posix()}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
 
 
 def _cpu() -> str:

@@ -11,19 +11,21 @@ from typing import Any
 import numpy as np
 
 from ..data import Contract
+from ..data.statistics import load_statistics
 from ..envs import make_world
 from ..envs.vector import WorldPool
 from ..errors import UserError
-from ..policies import load_policy
-from ..policies.base import Policy
+from ..policies import Policy, find_checkpoint, load_policy
+from ..policies.files import sha256
 from .controls import Change, Control
 from .episodes import Job, Ledger, Row, write_atomic
 from .film import Cinema
-from .provenance import command, fingerprint, hardware, versions
+from .provenance import command, hardware, versions
 from .rollout import rollout
 from .statistics import wilson
 from .suite import EVALUATION, Suite, check_seeds, load_suite, suite_name
 
+MANIFEST = "manifest.json"  # of a checkpoint: names every file with its sha256
 EXPERT = "expert"  # the policy name under which the worlds' scripted experts act
 Cuts = tuple[tuple[str, str], ...]
 OnEpisode = Callable[[Row, int, int], None]
@@ -70,21 +72,23 @@ def evaluate(
     """
     began = time.perf_counter()
     spec = load_suite(suite, overrides)
+    checkpoint = None if policy == EXPERT else find_checkpoint(policy)
     controls = {} if policy == EXPERT else spec.controls
     check_seeds(seed, max(spec.count(task, None, episodes) for task in spec.tasks))
     facts = {task: _facts(spec, task) for task in spec.tasks}
-    acting = None if policy == EXPERT else _load(policy, (), spec, facts)
-    _claim(out, spec, suite, policy)
+    acting = None if checkpoint is None else _load(checkpoint, (), spec, facts)
+    fingerprint = None if checkpoint is None else sha256(checkpoint / MANIFEST)
+    _claim(out, spec, suite, fingerprint)
     ledger = Ledger(out / "episodes.jsonl")
-    batches = _batches(spec, controls, policy, facts, seed, episodes)
+    batches = _batches(spec, controls, checkpoint, facts, seed, episodes)
     keys = [job.key for jobs in batches.values() for job in jobs]
     cinema = Cinema(out, spec.videos.first, spec.videos.failures)
     fresh = 0
     with WorldPool(workers) as pool:
         for cuts, jobs in batches.items():
             left = [job for job in jobs if job.key not in ledger.rows]
-            if cuts and left:
-                acting = _load(policy, cuts, spec, facts)
+            if cuts and left and checkpoint is not None:
+                acting = _load(checkpoint, cuts, spec, facts)
             for row in rollout(left, acting, pool, cinema, slots=spec.slots, settle=spec.settle, render=spec.render, size=spec.size):
                 ledger.append(row)
                 fresh += 1
@@ -99,7 +103,7 @@ def evaluate(
     earlier = json.loads(path.read_text())["minutes"] if path.exists() else 0.0
     results |= {
         "policy": policy,
-        "policy_sha256": None if policy == EXPERT else fingerprint(Path(policy)),
+        "checkpoint": None if checkpoint is None else {"step": checkpoint.name, "manifest_sha256": fingerprint},
         "suite": suite_name(suite),
         "title": spec.title,
         "seeds": {"first": seed, "last": max(row.seed for row in rows)},
@@ -162,7 +166,7 @@ def _facts(spec: Suite, task: str) -> Facts:
         world.close()
 
 
-def _load(path: str, cuts: Cuts, spec: Suite, facts: dict[str, Facts]) -> Policy:
+def _load(path: Path, cuts: Cuts, spec: Suite, facts: dict[str, Facts]) -> Policy:
     policy = load_policy(path, cuts=cuts)
     for task in spec.tasks:
         policy.contract.require(facts[task].contract, f"policy {path}", f"world {spec.world(task)}")
@@ -170,7 +174,7 @@ def _load(path: str, cuts: Cuts, spec: Suite, facts: dict[str, Facts]) -> Policy
 
 
 def _batches(
-    spec: Suite, controls: dict[str, Control], policy: str, facts: dict[str, Facts], seed: int, episodes: int | None
+    spec: Suite, controls: dict[str, Control], checkpoint: Path | None, facts: dict[str, Facts], seed: int, episodes: int | None
 ) -> dict[Cuts, list[Job]]:
     """Jobs by the edges that are cut: each group needs the policy loaded once."""
 
@@ -183,7 +187,7 @@ def _batches(
     words = {task: fact.instruction for task, fact in facts.items()}
     for name, control in controls.items():
         tasks = spec.tasks_of(control)
-        mean = mean_state(Path(policy)) if control.state == "blank" else None
+        mean = mean_state(checkpoint) if control.state == "blank" and checkpoint is not None else None
         cuts = (control.cut,) if control.cut is not None else ()
         for task in tasks:
             batches.setdefault(cuts, []).extend(jobs(task, name, control, control.change(task, tasks, words, mean)))
@@ -196,25 +200,22 @@ def mean_state(checkpoint: Path) -> np.ndarray:
     Raises:
         UserError: ``checkpoint`` holds no statistics of ``observation.state``.
     """
-    path = checkpoint / "statistics.json"
-    try:
-        return np.asarray(json.loads(path.read_text())["observation.state"]["mean"], np.float32)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} does not give the mean of observation.state ({error}); pass the folder of a whole checkpoint") from None
+    statistics = load_statistics(checkpoint / "statistics.json")
+    if "observation.state" not in statistics:
+        raise UserError(f"{checkpoint}/statistics.json has no observation.state, so its mean cannot stand in; drop that control")
+    return np.asarray(statistics["observation.state"].mean, np.float32)
 
 
-def _claim(out: Path, spec: Suite, suite: str, policy: str) -> None:
+def _claim(out: Path, spec: Suite, suite: str, fingerprint: str | None) -> None:
     """Mark ``out`` as this evaluation's; the numbers of episodes and the seeds may differ between calls."""
     said = spec.model_dump(mode="json", exclude={"episodes", "videos", "gate", "title"})
     for part in (*said["tasks"].values(), *said["controls"].values()):
         part.pop("episodes")
-    sha = None if policy == EXPERT else fingerprint(Path(policy))
-    identity = {"suite": suite_name(suite), "policy_sha256": sha, "settings": said}
+    identity = {"suite": suite_name(suite), "policy": fingerprint or EXPERT, "settings": said}
     path = out / "evaluation.json"
     if path.exists():
         before = json.loads(path.read_text())
         changed = [key for key in identity if before.get(key) != identity[key]]
         if changed:
             raise UserError(f"{out} holds an evaluation with another {' and '.join(changed)}; choose another --out, or delete that folder")
-    out.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(identity, indent=1))
