@@ -10,16 +10,15 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from ..data import Contract, Dataset, Episode
-from ..data.readers.lerobot import read_facts, read_info
+from ..data import Contract, Episode
+from ..data.readers.metadata import read_facts, read_info
 from ..data.writer import DatasetWriter, check_lerobot
 from ..errors import UserError
 from .base import Expert, World
@@ -115,6 +114,8 @@ def record_all(
     if done == dict(worlds):
         return folder
     check_lerobot()
+    if make is None:
+        _check_names(worlds)
     loading = threading.Thread(target=importlib.import_module, args=("lerobot.datasets",))  # seconds, while worlds are built
     loading.start()
     writer: DatasetWriter | None = None
@@ -182,61 +183,19 @@ def demonstrate(world: World, expert: Expert, seed: int, noise: float = 0.0) -> 
     return Episode(stacked, np.stack(states).astype(np.float32), np.stack(actions), world.task_description, meta, extra)
 
 
-@dataclass(frozen=True)
-class Replay:
-    """How a recorded episode compares with its actions executed again from its seed.
-
-    Attributes:
-        frames: frames compared.
-        first_difference: the first frame where an image or the state differs; ``None`` where all are the same bit for bit.
-        image_error: largest difference of a pixel value.
-        state_error: largest difference of a state dimension.
-    """
-
-    frames: int
-    first_difference: int | None
-    image_error: int
-    state_error: float
-
-
-def replay(dataset: Dataset, episode: int, make: Make | None = None) -> Replay:
-    """Execute the recorded actions of one episode again, and compare every frame.
-
-    Raises:
-        UserError: there is no such episode, or it does not say its world, seed, render profile and image size.
-    """
-    if not 0 <= episode < len(dataset.episodes):
-        raise UserError(f"{dataset.path} has no episode {episode}; it has 0 to {len(dataset.episodes) - 1}")
-    recorded = dataset.episodes[episode]
-    missing = [name for name in ("world", "seed", "render", "size") if name not in recorded.meta]
-    if missing:
-        raise UserError(
-            f"episode {episode} of {dataset.path} does not say its {', '.join(missing)}; only recordings of worlds can be replayed"
-        )
-    world, _ = (make or registered)(recorded.meta["world"], recorded.meta["render"], recorded.meta["size"])
-    indices = np.arange(recorded.start, recorded.start + recorded.length)
-    images = {camera: dataset.frames(camera, indices).astype(np.int16) for camera in dataset.cameras}
-    states, actions = (dataset.vectors[key][indices] for key in ("observation.state", "action"))
-    first, image_error, state_error = None, 0, 0.0
-    try:
-        obs, _ = world.reset(seed=recorded.meta["seed"])
-        for step, action in enumerate(actions):
-            pixels = max(int(np.abs(frames[step] - obs["pixels"][camera]).max()) for camera, frames in images.items())
-            state = float(np.abs(states[step] - obs["agent_pos"]).max())
-            if first is None and (pixels or state):
-                first = step
-            image_error, state_error = max(image_error, pixels), max(state_error, state)
-            obs, *_ = world.step(action)
-    finally:
-        world.close()
-    return Replay(len(actions), first, image_error, state_error)
-
-
 def registered(name: str, render: str, size: int) -> tuple[World, Expert]:
     """A world of the registry and its expert."""
-    from . import make_expert, make_world
+    from .registry import make_expert, make_world
 
     return make_world(name, render=render, size=size), make_expert(name)
+
+
+def _check_names(worlds: Iterable[str]) -> None:
+    """Refuse an unknown world before processes are started."""
+    from .registry import make_world, world_names
+
+    for name in set(worlds) - set(world_names()):
+        make_world(name)  # says what is meant
 
 
 def _recorded(folder: Path) -> dict[str, list[int]]:

@@ -143,10 +143,16 @@ def _decoder() -> _Decode:
 
 
 def decode_torchcodec(path: Path, times: list[float], fps: float) -> np.ndarray:
-    """Frames shown at ``times`` (ascending seconds) as uint8 (n, H, W, 3); half a frame later absorbs rounding."""
+    """Frames shown at ``times`` (ascending seconds) as uint8 (n, H, W, 3); half a frame later absorbs rounding.
+
+    Raises:
+        UserError: the video ends before a frame that is asked for.
+    """
     from torchcodec.decoders import VideoDecoder  # type: ignore[import-untyped]
 
     decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
+    if times[-1] + 0.5 / fps >= decoder.metadata.end_stream_seconds:
+        raise UserError(f"{path} ends before {times[-1]:.3f} s: {CUT_OFF}")
     frames: np.ndarray = decoder.get_frames_played_at([time + 0.5 / fps for time in times]).data.numpy()
     return frames
 
@@ -174,11 +180,12 @@ def decode_pyav(path: Path, times: list[float], fps: float) -> np.ndarray:
             while shown is None or shown.time < time - 0.5 / fps:
                 shown = next(flow, None)
                 if shown is None:
-                    raise UserError(f"{path} ends before {time:.3f} s: the recording was cut off; record these episodes again")
+                    raise UserError(f"{path} ends before {time:.3f} s: {CUT_OFF}")
             frames.append(shown.to_ndarray(format="rgb24"))
             last = time
     return np.stack(frames)
 
 
+CUT_OFF = "the recording was cut off; record these episodes again"
 JUMP_SECONDS = 1.0
 """A gap longer than this is jumped over, a shorter one decoded through."""

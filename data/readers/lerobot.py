@@ -4,7 +4,6 @@ Vectors (states, actions) are loaded once as contiguous float32 arrays; images a
 that ``meta/info.json`` does not count yet are ignored: it is the last file that our writer replaces.
 """
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,20 +13,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ...config import parse
 from ...errors import UserError
-from ..contract import Camera, Contract, Vector
+from ..contract import Contract
 from .images import Clip, ImageSource, PngColumn, VideoColumn
+from .metadata import (
+    DEFAULT_COLUMNS,
+    MEND,
+    camera_name,
+    derive_contract,
+    read_contract,
+    read_episode_rows,
+    read_facts,
+    read_info,
+    read_parquet,
+    read_tasks,
+)
 
-CONTRACT_FILE = "meta/triune.json"
-EPISODES_FILE = "meta/triune_episodes.jsonl"
-DEFAULT_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 DECODE_BLOCK = 64
 """Frames that one thread decodes at a time in ``Dataset.load_images``."""
-
-MEND = "copy the dataset again, or record it anew"
 
 Progress = Callable[[int, int], None]
 
@@ -156,14 +160,14 @@ def open_dataset(path: str | Path) -> Dataset:
     if "action" not in names:
         raise UserError(f"{root} has no 'action' feature in meta/info.json; add one, or give a dataset of demonstrations")
     vectors = {key: columns[key] for key in names}
-    tasks = _read_tasks(root)
+    tasks = read_tasks(root)
     sources: dict[str, ImageSource] = {}
     for key, feature in features.items():
         if feature["dtype"] == "image":
-            sources[_camera(key)] = PngColumn(key, files, file_starts)
+            sources[camera_name(key)] = PngColumn(key, files, file_starts)
         elif feature["dtype"] == "video":
             clips = [_clip(root, info, row, key) for row in rows]
-            sources[_camera(key)] = VideoColumn(clips, np.array([episode.start for episode in episodes]), float(info["fps"]))
+            sources[camera_name(key)] = VideoColumn(clips, np.array([episode.start for episode in episodes]), float(info["fps"]))
     contract = read_contract(root) or derive_contract(info)
     return Dataset(root, contract, float(info["fps"]), sources, episodes, vectors, tasks, columns["task_index"].astype(np.int64)[:, 0])
 
@@ -201,105 +205,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     }
 
 
-def read_info(root: Path) -> dict[str, Any]:
-    """``meta/info.json`` of a v3.0 dataset.
-
-    Raises:
-        UserError: the folder is missing, is not a LeRobotDataset, or is of another version.
-    """
-    if not root.is_dir():
-        raise UserError(f"there is no dataset folder {root}; record one with `vla data record`, or check the path")
-    file = root / "meta" / "info.json"
-    if not file.is_file():
-        raise UserError(f"{root} is not a LeRobotDataset: it has no meta/info.json; give the folder that holds meta/, data/ and videos/")
-    try:
-        info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is cut off or not JSON ({error}); restore it from a copy of the dataset") from None
-    version = str(info.get("codebase_version"))
-    if not version.startswith("v3."):
-        convert = f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=local/{root.name} --root={root}"
-        raise UserError(f"{root} is a LeRobotDataset {version}, v3.0 is needed; convert it with `{convert}`")
-    return info
-
-
-def read_contract(root: Path) -> Contract | None:
-    """The contract that our writer left, or ``None``."""
-    file = root / CONTRACT_FILE
-    return parse(Contract, json.loads(file.read_text(encoding="utf-8"))["contract"], file) if file.is_file() else None
-
-
-def read_facts(root: Path) -> dict[int, dict[str, Any]]:
-    """Per-episode facts by episode index; a last line that was being written when the recorder died is left out."""
-    file = root / EPISODES_FILE
-    if not file.is_file():
-        return {}
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-    facts = [json.loads(line) for line in lines]
-    return {fact.pop("episode_index"): fact for fact in facts}
-
-
-def derive_contract(info: dict[str, Any]) -> Contract:
-    """What ``info.json`` alone says; the rest is unknown."""
-    features = info["features"]
-    cameras = []
-    for key, feature in features.items():
-        if feature["dtype"] in ("image", "video"):
-            shape, axes = feature["shape"], _flat_names(feature.get("names"))
-            height, width = (shape[1], shape[2]) if axes and axes[0].startswith("channel") else (shape[0], shape[1])
-            cameras.append(Camera(name=_camera(key), height=height, width=width, flip=None))
-    parts = {}
-    for part, key in (("state", "observation.state"), ("action", "action")):
-        size = features[key]["shape"][0] if key in features else 0
-        names = _flat_names(features[key].get("names")) if size else ()
-        parts[part] = Vector(names=names if len(names) == size else tuple(f"{part}_{i}" for i in range(size)))
-    return Contract(cameras=tuple(cameras), state=parts["state"], action=parts["action"], rate=float(info["fps"]))
-
-
-def _flat_names(names: Any) -> tuple[str, ...]:
-    """LeRobot's ``names``: a list, a mapping of lists such as ``{"motors": [...]}``, or nothing."""
-    if isinstance(names, dict):
-        return tuple(name for group in names.values() for name in (_flat_names(group) if isinstance(group, list | dict) else ()))
-    return tuple(str(name) for name in names or ())
-
-
-def _camera(key: str) -> str:
-    return key.removeprefix("observation.images.").removeprefix("observation.")
-
-
 def _is_vector(key: str, feature: dict[str, Any]) -> bool:
     return key not in DEFAULT_COLUMNS and feature["dtype"].startswith("float") and len(feature["shape"]) == 1
-
-
-def _read_parquet(file: Path, columns: list[str] | None = None) -> pa.Table:
-    """
-    Raises:
-        UserError: the file is missing, or has no footer because its writer was killed.
-    """
-    try:
-        return pq.read_table(file, columns=columns)
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; {MEND}") from None
-    except (pa.ArrowInvalid, OSError):
-        raise UserError(f"{file} is cut off: its recorder was stopped before finalize(), so its episodes are lost; {MEND}") from None
-
-
-def read_episode_rows(root: Path) -> list[dict[str, Any]]:
-    """All rows of ``meta/episodes`` without their statistics."""
-    rows: list[dict[str, Any]] = []
-    for file in sorted((root / "meta" / "episodes").glob("*/*.parquet")):
-        try:
-            columns = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
-        except (pa.ArrowInvalid, OSError):
-            columns = None
-        rows += _read_parquet(file, columns).to_pylist()
-    return rows
-
-
-def _read_tasks(root: Path) -> tuple[str, ...]:
-    rows = _read_parquet(root / "meta" / "tasks.parquet").to_pylist()
-    text = "task" if rows and "task" in rows[0] else "__index_level_0__"
-    return tuple(row[text] for row in sorted(rows, key=lambda row: row["task_index"]))
 
 
 def _data_files(root: Path, info: dict[str, Any], rows: list[dict[str, Any]], episodes: list[EpisodeInfo]) -> tuple[list[Path], np.ndarray]:
@@ -318,7 +225,7 @@ def _read_columns(files: list[Path], names: list[str], episodes: int, frames: in
     """Columns as float32 (N, D), of the frames that belong to counted episodes."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for file in files:
-        table = _read_parquet(file, names)
+        table = read_parquet(file, names)
         keep = table.column("episode_index").to_numpy() < episodes
         for name in names:
             column = table.column(name).combine_chunks()

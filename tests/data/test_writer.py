@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from triune.data import Camera, Contract, Episode, Vector, open_dataset
+from triune.data import Camera, Contract, Episode, Vector, open_dataset, tail
 from triune.data import writer as module
 from triune.data.writer import DatasetWriter
 from triune.errors import UserError
@@ -103,7 +103,7 @@ def test_continues(make_dataset: MakeDataset, make_episode: MakeEpisode, contrac
 
 
 def test_begins_new_files(make_dataset: MakeDataset, make_episode: MakeEpisode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(tail, "FILE_BYTES", 20_000)
     folder = make_dataset(6)
     assert 1 < len(list((folder / "data").rglob("*.parquet"))) < 6
     episodes = [make_episode(i) for i in range(6)]
@@ -118,7 +118,7 @@ class Killed(BaseException):
 POINTS = ("data", "episodes", "tasks", "stats", "info")
 
 
-@pytest.mark.parametrize("bytes_per_file", [module.FILE_BYTES, 1], ids=["same file", "new file"])
+@pytest.mark.parametrize("bytes_per_file", [tail.FILE_BYTES, 1], ids=["same file", "new file"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("point", range(len(POINTS)), ids=POINTS)
 def test_killed_while_publishing(
@@ -127,7 +127,7 @@ def test_killed_while_publishing(
 ) -> None:  # fmt: skip
     folder = make_dataset(1)
     publish, calls = module.publish, iter(range(100))
-    monkeypatch.setattr(module, "FILE_BYTES", bytes_per_file)
+    monkeypatch.setattr(tail, "FILE_BYTES", bytes_per_file)
 
     def dies(temporary: Path, path: Path) -> None:
         here = next(calls) == point
@@ -138,10 +138,11 @@ def test_killed_while_publishing(
             raise Killed
 
     writer = DatasetWriter(folder, contract, 20)
-    monkeypatch.setattr(module, "publish", dies)
-    with pytest.raises(Killed):
-        writer.add(make_episode(1))
-    monkeypatch.setattr(module, "publish", publish)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "publish", dies)
+        patch.setattr(tail, "publish", dies)
+        with pytest.raises(Killed):
+            writer.add(make_episode(1))
     writer.close()
     survivors = 2 if after and POINTS[point] == "info" else 1
     same(folder, [make_episode(i) for i in range(survivors)])
@@ -162,6 +163,7 @@ def test_killed_in_the_first_episode(
     writer = DatasetWriter(tmp_path / "d", contract, 20)
     with monkeypatch.context() as patch:
         patch.setattr(module, "publish", dies)
+        patch.setattr(tail, "publish", dies)
         with pytest.raises(Killed):
             writer.add(make_episode(0))
     writer.close()

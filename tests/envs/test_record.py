@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from triune.data import Dataset, open_dataset
-from triune.envs.record import SETTLE, demonstrate, record, record_all, replay
+from triune.envs.record import SETTLE, demonstrate, record, record_all
+from triune.envs.replay import replay
 from triune.errors import UserError
 
 
