@@ -1,4 +1,4 @@
-"""``vla model``: look at specs and prove them."""
+"""``vla model``: look at specs, prove them, score a VLM."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from .output import print_json, print_renderable, print_table
 
-app = typer.Typer(name="model", no_args_is_help=True, help="Look at model specs and prove them.")
+app = typer.Typer(name="model", no_args_is_help=True, help="Look at model specs, prove them, score a VLM.")
 
 
 @app.command()
@@ -46,3 +46,21 @@ def check(
         print_table("Proofs", columns, ([row[column] for column in columns] for row in result["rows"]))
     if not all(row["passed"] for row in result["rows"]):
         sys.exit(1)
+
+
+@app.command()
+def score(
+    folder: Annotated[Path, typer.Argument(help="A transformers folder of model and processor, such as vla/assets/embedded_vlm/v1.")],
+    scenes: Annotated[Path, typer.Option(help="Recorded scenes (vla data record scenes:...) of seeds that it was not trained on.")],
+    limit: Annotated[int, typer.Option(min=1, help="Scenes of each kind.")] = 300,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Score a VLM on scenes: where it points, what it answers, and what it answers without the images."""
+    from ..eval.grounding import score_command
+
+    result = score_command(str(folder), str(scenes), limit)
+    if json:
+        print_json(result)
+        return
+    columns = list(result["rows"][0])
+    print_table(str(folder), columns, ([row[column] for column in columns] for row in result["rows"]))

@@ -29,6 +29,7 @@ VERBS = (
     ("model",),
     ("model", "show"),
     ("model", "check"),
+    ("model", "score"),
 )
 Run = Callable[..., tuple[int, str, str]]
 
@@ -223,6 +224,7 @@ MISTAKES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
     "unknown spec": (["model", "show", "triune_tyni"], "did you mean 'triune_tiny'?"),
     "unknown spec to check": (["model", "check", "triune_tyni"], "did you mean 'triune_tiny'?"),
     "wrong spec key": (wrong_spec_key, "unknown key 'steams'; did you mean 'streams'?"),
+    "no scenes to score on": (["model", "score", "nowhere", "--scenes", "empty"], "there are no scenes in empty"),
     "unknown benchmark": (["bench", "lodaer"], "there is no benchmark 'lodaer'; did you mean 'loader'?"),
     "wrong quickstart key": (["quickstart", "worker=3"], "unknown key 'worker'; did you mean 'workers'?"),
 }
