@@ -21,6 +21,7 @@ import torch  # noqa: E402
 from triune.config import merge, parse  # noqa: E402
 from triune.vla import Spec  # noqa: E402
 
+
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """References to a 2-layer SmolVLM (grouped-query attention) and a small autoencoder with random weights."""
