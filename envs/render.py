@@ -78,7 +78,8 @@ class Painter:
         import mujoco
 
         if self.profile == "fast":
-            self.model.vis.quality.offsamples = 0  # read when the context is made
+            self.model.vis.quality.offsamples = 0  # these are read when the context is made
+            self.model.vis.quality.shadowsize = 0
         buffer = self.model.vis.global_
         buffer.offwidth, buffer.offheight = max(buffer.offwidth, self.size), max(buffer.offheight, self.size)
         self._option = mujoco.MjvOption()
