@@ -4,7 +4,7 @@
 words say what to do; ``heldout/*`` show another cube colour, table texture and camera pose.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from ..data import Camera, Contract, Vector
 from . import experts
 from .base import Expert, World
 from .render import Painter, check_profile, extrinsics, intrinsics
-from .tabletop import CAMERAS, TABLE_HEIGHT, Look, Scene, Tabletop, Thing
+from .things import CAMERAS, TABLE_HEIGHT, Look, Scene, Thing
 
 SETTLE = 8
 """Control steps before an episode begins: robosuite drops its objects from the air, and the gripper opens."""
@@ -135,7 +135,7 @@ class RobosuiteWorld(World):
         if self._env is None:
             self._build()
         with numpy_seeded(seed):
-            if isinstance(self._env, Tabletop):
+            if self.task.scene is not None:
                 self._env.generator = np.random.default_rng((seed, 3))
             self._env.reset()
         for _ in range(SETTLE):
@@ -156,12 +156,14 @@ class RobosuiteWorld(World):
         return {name: self._painter.image(self._env.sim.data._data, camera) for name, camera in CAMERAS.items()}
 
     def _build(self) -> None:
+        from .tabletop import Tabletop, own_task
+
         with numpy_seeded(0):  # robosuite draws the sizes of its cubes while it builds
             if self.task.scene is not None:
                 self._env = Tabletop(self.task.scene)
                 self._items = dict(self._env.objects)
                 return
-            self._env = BUILDERS[self.task.kind]()
+            self._env = own_task(self.task.kind.capitalize())
             self._items = {"cube": self._env.cube} if self.task.kind == "lift" else {"cubeA": self._env.cubeA, "cubeB": self._env.cubeB}
 
     def _gripper(self) -> tuple[np.ndarray, np.ndarray, float]:
@@ -204,21 +206,6 @@ def make(name: str, profile: str, size: int) -> RobosuiteWorld:
 def make_expert(name: str) -> Expert:
     """The scripted expert of that world."""
     return experts.expert
-
-
-def _own(kind: str) -> Callable[[], Any]:
-    def build() -> Any:
-        import robosuite
-
-        return robosuite.make(
-            kind, robots="Panda", use_camera_obs=False, use_object_obs=False, has_renderer=False, has_offscreen_renderer=False,
-            control_freq=20, ignore_done=True, hard_reset=False, renderer="mujoco",
-        )  # fmt: skip
-
-    return build
-
-
-BUILDERS = {"lift": _own("Lift"), "stack": _own("Stack")}
 
 
 @contextmanager

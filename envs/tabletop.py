@@ -8,135 +8,34 @@ millisecond (``reach`` a few), so the images themselves bound the rate. After an
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from . import render
+from .things import CAMERAS, COLOURS, SHAPES, TABLE_HEIGHT, Area, Look, Scene, Shape, Thing
 
 logging.getLogger("robosuite_logs").addFilter(lambda record: record.levelno >= logging.ERROR)  # notes at import
+import robosuite  # noqa: E402
 from robosuite.environments.manipulation.manipulation_env import ManipulationEnv  # noqa: E402
 from robosuite.models.arenas import TableArena  # noqa: E402
 from robosuite.models.objects import BallObject, BoxObject, CapsuleObject, CylinderObject  # noqa: E402
 from robosuite.models.tasks import ManipulationTask  # noqa: E402
 from robosuite.utils.mjcf_utils import xml_path_completion  # noqa: E402
 
-Shape = Literal["cube", "ball", "cylinder", "capsule"]
-SHAPES: tuple[Shape, ...] = ("cube", "ball", "cylinder", "capsule")
+__all__ = ["CAMERAS", "COLOURS", "SHAPES", "TABLE_HEIGHT", "Area", "Look", "Scene", "Shape", "Tabletop", "Thing", "own_task"]
 
-COLOURS: dict[str, tuple[float, float, float]] = {
-    "red": (0.85, 0.08, 0.08),
-    "green": (0.08, 0.65, 0.12),
-    "blue": (0.10, 0.20, 0.85),
-    "yellow": (0.95, 0.85, 0.08),
-    "purple": (0.50, 0.10, 0.70),
-    "orange": (0.95, 0.45, 0.05),
-    "cyan": (0.10, 0.80, 0.85),
-    "white": (0.95, 0.95, 0.95),
+SETTINGS: dict[str, Any] = {
+    "robots": "Panda",
+    "use_camera_obs": False,
+    "has_renderer": False,
+    "has_offscreen_renderer": False,
+    "control_freq": 20,
+    "ignore_done": True,
+    "hard_reset": False,
+    "renderer": "mujoco",
 }
-"""Colour names and their RGB in [0, 1], before lighting."""
-
-TABLE_HEIGHT = 0.8
-"""Height of the table top in metres; the world's origin is on the floor below the table's centre."""
-
-CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
-"""Our camera names and MuJoCo's."""
-
-Triple = tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Thing:
-    """An object. ``size`` in metres: half the edge of a cube, the radius of a ball, radius and half height of a
-    cylinder, and half the length of a capsule (whose radius is 0.55 of it, lying on its side)."""
-
-    name: str
-    shape: Shape
-    colour: str
-    size: float = 0.021
-
-    @property
-    def rest(self) -> float:
-        """Height of its centre above the table when it lies there."""
-        return 0.55 * self.size if self.shape == "capsule" else self.size
-
-    @property
-    def dimensions(self) -> tuple[float, ...]:
-        """MuJoCo's geom size."""
-        return {
-            "cube": (self.size,) * 3,
-            "ball": (self.size,),
-            "cylinder": (self.size,) * 2,
-            "capsule": (0.55 * self.size, 0.45 * self.size),
-        }[self.shape]
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a scene looks. Textures are file names of robosuite's ``models/assets/textures`` without ``.png``.
-
-    Attributes:
-        table, floor, wall: textures.
-        camera, target: position of the agentview camera and the point that it looks at, in metres, world frame.
-        fovy: its vertical field of view in degrees.
-        light: diffuse intensity of the lamp; 0.8 is robosuite's look.
-    """
-
-    table: str = "ceramic"
-    floor: str = "light-gray-floor-tile"
-    wall: str = "light-gray-plaster"
-    camera: Triple = (0.5, 0.0, 1.35)
-    target: Triple = (-0.02, 0.0, 0.86)
-    fovy: float = 42.0
-    light: float = 0.8
-
-    @property
-    def textures(self) -> tuple[str, ...]:
-        return (self.table, self.floor, self.wall)
-
-
-@dataclass(frozen=True)
-class Area:
-    """Where things start.
-
-    Attributes:
-        x, y: ranges of a thing's centre in metres from the table's centre; x points away from the robot, y to its left.
-        yaw: largest rotation about z either way, radians. Below 45 degrees a cube has one nearest grasp.
-        gap: least distance between two centres in metres, so that the open gripper (12 cm over all) fits between.
-    """
-
-    x: tuple[float, float] = (-0.08, 0.08)
-    y: tuple[float, float] = (-0.12, 0.12)
-    yaw: float = float(np.pi / 6)
-    gap: float = 0.10
-
-    def sample(self, generator: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-        """``count`` poses (x, y, yaw) at least ``gap`` apart.
-
-        Raises:
-            ValueError: the area is too small for so many.
-        """
-        for _ in range(10_000):
-            points = generator.uniform((self.x[0], self.y[0]), (self.x[1], self.y[1]), size=(count, 2))
-            distance = np.linalg.norm(points[:, None] - points[None], axis=-1) + np.eye(count) * self.gap
-            if (distance >= self.gap).all():
-                return [
-                    (float(x), float(y), float(yaw))
-                    for (x, y), yaw in zip(points, generator.uniform(-self.yaw, self.yaw, count), strict=True)
-                ]
-        raise ValueError(f"{count} things do not fit into {self} at least {self.gap} m apart")
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What a ``Tabletop`` is built from."""
-
-    things: tuple[Thing, ...]
-    look: Look = field(default_factory=Look)
-    area: Area = field(default_factory=Area)
-    textures: tuple[str, ...] = ()
-    """Textures, beside those of ``look``, that a later ``look`` may ask for."""
+"""What every robosuite environment is made with: images are ours, time limits too, and a reset rebuilds nothing."""
 
 
 class Tabletop(ManipulationEnv):
@@ -150,10 +49,7 @@ class Tabletop(ManipulationEnv):
         self.scene = scene
         self.things = {thing.name: thing for thing in scene.things}
         self.generator = np.random.default_rng(0)
-        super().__init__(
-            robots="Panda", initialization_noise="default", use_camera_obs=False, has_renderer=False, has_offscreen_renderer=False,
-            control_freq=20, ignore_done=True, hard_reset=False, renderer="mujoco",
-        )  # fmt: skip
+        super().__init__(initialization_noise="default", **SETTINGS)
 
     # What robosuite asks of a task
 
@@ -302,6 +198,11 @@ class Tabletop(ManipulationEnv):
     def pixels(self, points: np.ndarray, camera: str) -> tuple[np.ndarray, np.ndarray]:
         """Normalised image coordinates (N, 2) and depth (N,) of world points (N, 3); see ``render.project``."""
         return render.project(self.sim.model._model, self.sim.data._data, CAMERAS[camera], points)
+
+
+def own_task(kind: str) -> Any:
+    """robosuite's own environment of that name, such as ``Lift``."""
+    return robosuite.make(kind, use_object_obs=False, **SETTINGS)
 
 
 def _object(thing: Thing) -> Any:
