@@ -31,8 +31,8 @@ class Control(Strict):
     state: Literal["blank"] | None = None
     cut: tuple[str, str] | None = None
     tasks: tuple[str, ...] | None = None
-    episodes: int | None = Field(None, ge=1)
-    below: float | None = Field(None, gt=0, le=1)
+    episodes: int | None = Field(default=None, ge=1)
+    below: float | None = Field(default=None, gt=0, le=1)
 
     @model_validator(mode="after")
     def _one_change(self) -> "Control":

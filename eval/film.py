@@ -51,7 +51,7 @@ class Reel:
 
 
 class Cinema:
-    """Decides which episodes are filmed and writes ``videos/<episode>.mp4`` and ``foresight/<episode>.{json,png}``.
+    """Decides which episodes are filmed; writes ``videos/<episode>.{mp4,jpg}`` (the jpg is the end) and ``foresight/<episode>.{json,png}``.
 
     Args:
         out: folder of the evaluation.
@@ -73,8 +73,11 @@ class Cinema:
 
     def save(self, job: Job, reel: Reel) -> str:
         """Write the film of an episode; returns the video's path relative to ``out``."""
-        path = self.out / "videos" / f"{job.slug}.mp4"
-        write_atomic(path, encode(list(pictures(reel)), reel.rate / _stride(reel.rate)))
+        path, shots = self.out / "videos" / f"{job.slug}.mp4", pictures(reel)
+        write_atomic(path, encode(shots, reel.rate / _stride(reel.rate)))
+        still = io.BytesIO()
+        Image.fromarray(shots[-1]).save(still, "JPEG", quality=82)
+        write_atomic(path.with_suffix(".jpg"), still.getvalue())
         panel(self.out / "foresight" / job.slug, job, reel)
         return f"videos/{path.name}"
 
@@ -143,9 +146,9 @@ def panel(stem: Path, job: Job, reel: Reel) -> None:
     for camera in cameras:
         strip = []
         for p in picked:
-            truth = reel.frames[p.due][camera]
-            guess = _fit(p.images[camera], truth)
-            strip.append(np.concatenate([guess, truth, _heat(_difference(guess, truth))], axis=0))
+            actual = reel.frames[p.due][camera]
+            guess = _fit(p.images[camera], actual)
+            strip.append(np.concatenate([guess, actual, _heat(_difference(guess, actual))], axis=0))
         buffer = io.BytesIO()
         Image.fromarray(np.concatenate(strip, axis=1)).save(buffer, "PNG", optimize=True)
         write_atomic(stem.with_name(f"{stem.name}-{camera}.png"), buffer.getvalue())
@@ -207,7 +210,8 @@ def _fit(image: np.ndarray, like: np.ndarray) -> np.ndarray:
 
 def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Mean absolute difference over colours: (H, W), 0 to 255."""
-    return np.abs(a.astype(np.float32) - b.astype(np.float32)).mean(axis=2)
+    distance: np.ndarray = np.abs(a.astype(np.float32) - b.astype(np.float32))
+    return distance.mean(axis=2)
 
 
 def _heat(difference: np.ndarray) -> np.ndarray:

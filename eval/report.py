@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .charts import curve
-from .episodes import Row, read_rows, slug, write_atomic
+from .episodes import Row, read_rows, write_atomic
 from .statistics import compare
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 TEMPLATES = Path(__file__).parent / "templates"
-VIDEO_BYTES = 5_500_000  # of mp4 in a report, before base64 adds a third
-PANELS = 8
+VIDEO_BYTES = 5_500_000  # of films in a report, before base64 adds a third
+PANELS = 4
 
 
 def write_report(
@@ -39,7 +39,9 @@ def write_report(
     import jinja2
 
     results, rows = read_results(out), read_rows(out / "episodes.jsonl")
-    files = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    files = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
     films = _films(out, rows, {task["name"] for task in results["tasks"] if task["scored"]})
     page = files.get_template("report.html.j2").render(
         results=results,
@@ -69,7 +71,9 @@ def rates_table(results: dict[str, Any]) -> "Table":
     for name in ("success", "rate", "95 % interval", "bar"):
         table.add_column(name, justify="right")
     for task in results["tasks"]:
-        table.add_row(task["name"] if task["scored"] else f"{task['name']} (not scored)", *_cells(task), style=None if task["scored"] else "dim")
+        table.add_row(
+            task["name"] if task["scored"] else f"{task['name']} (not scored)", *_cells(task), style=None if task["scored"] else "dim"
+        )
     if results["overall"] is not None:
         table.add_section()
         table.add_row("overall", *_cells(results["overall"]), style="bold")
@@ -122,12 +126,13 @@ def _films(out: Path, rows: list[Row], scored: set[str]) -> list[dict[str, Any]]
     filmed.sort(key=lambda r: (r.control is not None, r.success_any, r.task not in scored, r.task, r.seed))
     films, spent = [], 0
     for row in filmed:
-        data = (out / str(row.video)).read_bytes()
-        if spent + len(data) > VIDEO_BYTES:
+        path = out / str(row.video)
+        data, poster = path.read_bytes(), path.with_suffix(".jpg").read_bytes()
+        if spent + len(data) + len(poster) > VIDEO_BYTES:
             continue
-        spent += len(data)
+        spent += len(data) + len(poster)
         said = {"control": row.control, "task": row.task, "seed": row.seed, "success": row.success_any, "outcome": _outcome(row)}
-        films.append(said | {"src": _address(data, "video/mp4"), "slug": slug(row.key)})
+        films.append(said | {"src": _address(data, "video/mp4"), "poster": _address(poster, "image/jpeg")})
     return films
 
 

@@ -1,7 +1,6 @@
 """Many episodes over parallel worlds with one batched policy.
 
-An episode is a generator (``play``): it yields what it needs next, a world command or a plan, and is sent the answer.
-``rollout`` drives a fixed number of them at once, in two groups that take turns: while one group's worlds step in
+``rollout`` drives a fixed number of episodes at once, in two groups that take turns: while one group's worlds step in
 their worker processes, the other group's plans are computed. A group waits for all its members, so that which episodes
 share a batch depends on the jobs alone: outcomes are the same for any number of workers and any timing.
 """
@@ -9,185 +8,25 @@ share a batch depends on the jobs alone: outcomes are the same for any number of
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-
-from ..data import Observation
+from ..envs.vector import Answer, WorldPool
 from ..errors import UserError
 from ..policies.base import Plan, Policy, Request
 from .episodes import Job, Row
-from .film import Cinema, Imagined, Reel
-from .statistics import smoothness
+from .film import Cinema
+from .script import Ask, EpisodeError, Reset, Script, Step, play
 
 logger = logging.getLogger(__name__)
-
-EXPERT_STEPS = 20  # steps of a scripted expert per command to a worker
-
-
-class Answer(Protocol):
-    """What a pool of worlds answers; see ``envs.vector.Answer``."""
-
-    slot: int
-    observation: Observation
-    info: dict[str, Any]
-    frames: list[dict[str, np.ndarray]]
-    error: str | None
-
-
-class Pool(Protocol):
-    """Worlds in slots; see ``envs.vector.WorldPool``."""
-
-    def reset(self, slot: int, world: str, seed: int, render: str = ..., size: int = ...) -> None: ...
-    def step_chunk(self, slot: int, actions: np.ndarray, video: bool) -> None: ...
-    def expert_chunk(self, slot: int, n: int, video: bool) -> None: ...
-    def wait(self) -> Iterable[Any]: ...
-
-
-@dataclass(frozen=True)
-class Reset:
-    """Begin the episode's world."""
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """Execute ``actions`` (n, A); the world stops early at success or truncation."""
-
-    actions: np.ndarray
-    video: bool = False
-
-
-@dataclass(frozen=True)
-class Expert:
-    """Let the world's scripted expert act for ``steps`` control steps."""
-
-    steps: int
-    video: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Ask:
-    """Ask the policy for a plan."""
-
-    request: Request
-
-
-Command = Reset | Step | Expert | Ask
-Script = Generator[Command, Any, Row]
-
-
-class EpisodeError(Exception):
-    """One episode cannot go on; the others can."""
-
-
-@dataclass
-class Tape:
-    """What happened in an episode so far."""
-
-    steps: int = 0
-    first_success: int | None = None
-    success: bool = False
-    truncated: bool = False
-    actions: list[np.ndarray] = field(default_factory=list)
-    foresight: list[Imagined] = field(default_factory=list)
-    waits: list[float] = field(default_factory=list)
-    misses: int = 0
-
-    def add(self, info: dict[str, Any]) -> int:
-        """Count one answer of a world; returns the steps that it executed."""
-        steps = int(info["steps"])
-        self.steps += steps
-        self.success = bool(info["is_success"])
-        self.truncated = bool(info["truncated"])
-        if self.success and self.first_success is None:
-            self.first_success = self.steps
-        return steps
-
-    def over(self, settle: int) -> bool:
-        return self.truncated or (self.first_success is not None and self.steps >= self.first_success + settle)
-
-
-def play(job: Job, policy: Policy | None, settle: int, cinema: Cinema) -> Script:
-    """One episode, acted by ``policy``, or by the world's scripted expert where that is None.
-
-    After the first success it goes on for ``settle`` steps, to see whether the success lasts. An episode that cannot
-    go on ends as a failure with its error.
-    """
-    tape, error, video = Tape(), None, None
-    try:
-        answer = yield Reset()
-        if policy is None:
-            while not tape.over(settle):
-                answer = yield Expert(1 if tape.first_success is not None else EXPERT_STEPS)
-                tape.add(answer.info)
-        else:
-            policy.reset(job.slug, job.seed)
-            while not tape.over(settle):
-                answer = yield from _chunk(job, policy, settle, tape, answer)
-    except EpisodeError as problem:
-        error = str(problem)
-    success = tape.first_success is not None and error is None
-    if error is None and cinema.wants(job, success):
-        try:
-            video = yield from _film(job, policy, tape, cinema)
-        except EpisodeError as problem:
-            error = f"while filming: {problem}"
-    return Row(
-        control=job.control,
-        task=job.task,
-        seed=job.seed,
-        success_any=success,
-        success_end=success and tape.success,
-        steps=tape.steps,
-        first_success_step=tape.first_success,
-        smoothness=smoothness(np.concatenate(tape.actions), job.action_names) if tape.actions else None,
-        deadline_misses=tape.misses,
-        policy_ms=round(1000 * sum(tape.waits) / len(tape.waits), 2) if tape.waits else None,
-        error=error,
-        video=video,
-    )
-
-
-def _chunk(job: Job, policy: Policy, settle: int, tape: Tape, answer: Answer) -> Generator[Command, Any, Answer]:
-    """Ask for a plan and execute its first ``contract.executed`` actions."""
-    seen = answer.observation
-    plan, seconds = yield Ask(Request(job.slug, job.change(seen) if job.change else seen))
-    pending = plan.chunk.actions[: policy.contract.executed or len(plan.chunk)]
-    tape.waits.append(seconds)
-    tape.misses += seconds > len(pending) / plan.chunk.rate
-    if plan.foresight is not None:
-        tape.foresight.append(Imagined(tape.steps, tape.steps + len(pending), plan.foresight))
-    while len(pending) and not tape.over(settle):
-        answer = yield Step(pending[:1] if tape.first_success is not None else pending)
-        steps = tape.add(answer.info)
-        tape.actions.append(pending[:steps])
-        pending = pending[steps:]
-    return answer
-
-
-def _film(job: Job, policy: Policy | None, tape: Tape, cinema: Cinema) -> Generator[Command, Any, str]:
-    """Play the episode again, same seed and same actions, rendering every step; returns the path of the video."""
-    answer = yield Reset()
-    first = answer.observation
-    frames, again, actions = [dict(first.images)], Tape(), np.concatenate(tape.actions) if tape.actions else np.zeros((0, 0))
-    while again.steps < tape.steps:
-        left = tape.steps - again.steps
-        answer = yield Expert(min(left, EXPERT_STEPS), True) if policy is None else Step(actions[again.steps :][:50], True)
-        frames += answer.frames
-        again.add(answer.info)
-    if (again.first_success, again.success) != (tape.first_success, tape.success):
-        raise EpisodeError(f"the same seed and actions led to success at step {again.first_success}, not {tape.first_success}")
-    given = job.change(first).instruction if job.change else first.instruction
-    return cinema.save(job, Reel(given, job.rate, tape.first_success, frames, tape.foresight))
 
 
 @dataclass
 class _Stage:
     """The slots: the script that plays in each, and what it waits for."""
 
-    pool: Pool
+    pool: WorldPool
     start: Callable[[], tuple[Job, Script] | None]
     render: str
     size: int
@@ -251,7 +90,7 @@ class _Stage:
 def rollout(
     jobs: Iterable[Job],
     policy: Policy | None,
-    pool: Pool,
+    pool: WorldPool,
     cinema: Cinema,
     *,
     slots: int = 8,
@@ -304,5 +143,6 @@ def _plan(policy: Policy, requests: list[Request]) -> list[Plan | EpisodeError]:
         try:
             plans.append(policy.act(request))
         except Exception as error:
+            logger.exception("the policy failed on episode %s", request.session)
             plans.append(EpisodeError(f"{type(error).__name__}: {error}"))
     return plans

@@ -39,7 +39,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     """Two-sided exact McNemar test: the p-value of ``only_a`` against ``only_b`` episodes that one policy alone solved."""
     discordant = only_a + only_b
     tail = sum(math.comb(discordant, k) for k in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2**discordant)
+    return min(1.0, tail / 2 ** (discordant - 1)) if discordant else 1.0
 
 
 def paired_interval(both: int, only_a: int, only_b: int, neither: int, confidence: float = 0.95) -> Interval:
@@ -51,7 +51,7 @@ def paired_interval(both: int, only_a: int, only_b: int, neither: int, confidenc
     rate_a, rate_b = a / n, b / n
     (low_a, high_a), (low_b, high_b) = wilson(a, n, confidence), wilson(b, n, confidence)
     margins = a * (n - a) * b * (n - b)
-    cross = both * neither - only_a * only_b
+    cross = float(both * neither - only_a * only_b)
     cross = max(cross - n / 2, 0.0) if cross > 0 else cross
     phi = cross / math.sqrt(margins) if margins else 0.0
     down = math.sqrt((rate_a - low_a) ** 2 - 2 * phi * (rate_a - low_a) * (high_b - rate_b) + (high_b - rate_b) ** 2)

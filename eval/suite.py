@@ -23,14 +23,14 @@ class Task(Strict):
 
     world: str | None = None
     scored: bool = True
-    episodes: int | None = Field(None, ge=1)
+    episodes: int | None = Field(default=None, ge=1)
 
 
 class Videos(Strict):
     """How many episodes of each task are filmed: the first ones, and failures beyond them."""
 
-    first: int = Field(2, ge=0)
-    failures: int = Field(4, ge=0)
+    first: int = Field(default=2, ge=0)
+    failures: int = Field(default=4, ge=0)
 
 
 class Suite(Strict):
@@ -49,12 +49,12 @@ class Suite(Strict):
     title: str
     tasks: dict[str, Task] = Field(min_length=1)
     controls: dict[str, Control] = {}
-    episodes: int = Field(30, ge=1)
-    gate: float | None = Field(None, gt=0, le=1)
+    episodes: int = Field(default=30, ge=1)
+    gate: float | None = Field(default=None, gt=0, le=1)
     render: str = "fast"
-    size: int = Field(96, ge=16)
-    slots: int = Field(8, ge=1)
-    settle: int = Field(10, ge=0)
+    size: int = Field(default=96, ge=16)
+    slots: int = Field(default=8, ge=1)
+    settle: int = Field(default=10, ge=0)
     videos: Videos = Videos()
 
     @model_validator(mode="after")

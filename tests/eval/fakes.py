@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from triune.data import ActionChunk, Camera, Contract, Observation, Vector
 from triune.data.statistics import save_statistics, statistics_of
 from triune.policies.base import Plan, Policy, Request
@@ -41,7 +42,10 @@ class FakeWorld:
     def reset(self, seed: int) -> dict[str, Any]:
         generator = np.random.default_rng(seed)
         angle = generator.uniform(0, 2 * np.pi)
-        self.goals = {"red": 11 * np.array([np.cos(angle), np.sin(angle)]) + 16, "green": -11 * np.array([np.cos(angle), np.sin(angle)]) + 16}
+        self.goals = {
+            "red": 11 * np.array([np.cos(angle), np.sin(angle)]) + 16,
+            "green": -11 * np.array([np.cos(angle), np.sin(angle)]) + 16,
+        }
         self.at, self.steps = np.array([16.0, 16.0]), 0
         return self.pixels()
 
@@ -177,7 +181,12 @@ def write_checkpoint(folder: Path) -> Path:
     checkpoint.mkdir(parents=True)
     (checkpoint / "contract.json").write_text(CONTRACT.model_dump_json())
     (checkpoint / "manifest.json").write_text('{"files": {}}')
-    save_statistics({"observation.state": statistics_of(np.array([[10.0, 12.0], [22.0, 20.0]], np.float32))}, checkpoint / "statistics.json")
-    lines = [{"step": s, "loss": 1 / (1 + s / 50), "loss_flow": 0.7 / (1 + s / 50), "loss_foresight": 0.3 / (1 + s / 90)} for s in range(0, 400, 10)]
+    save_statistics(
+        {"observation.state": statistics_of(np.array([[10.0, 12.0], [22.0, 20.0]], np.float32))}, checkpoint / "statistics.json"
+    )
+    lines = [
+        {"step": s, "loss": 1 / (1 + s / 50), "loss_flow": 0.7 / (1 + s / 50), "loss_foresight": 0.3 / (1 + s / 90)}
+        for s in range(0, 400, 10)
+    ]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return checkpoint

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+
 from triune.errors import UserError
 from triune.eval import rates_table, report, write_report
 from triune.eval.charts import curve
@@ -31,13 +32,21 @@ def test_the_report_holds_everything_in_one_file(place: Path, monkeypatch: pytes
     assert not re.search(r"""(src|href)=["'](?!data:)""", page) and "http" not in page.replace("http-equiv", "")
     assert page.count('src="data:video/mp4;base64,') >= 5
     assert page.count('src="data:image/png;base64,') >= 4
-    for text in ("Two squares", "the-graph", "31 minutes", "scripted expert", "loss_foresight", "instruction swapped", "reach the red square"):
+    for text in (
+        "Two squares",
+        "the-graph",
+        "31 minutes",
+        "scripted expert",
+        "loss_foresight",
+        "instruction swapped",
+        "reach the red square",
+    ):
         assert text in page
     assert f"{results['overall']['successes']} of 10 held-out episodes succeeded" in page
     assert page.index("<h2>Failures</h2>") < page.index("<h2>Successes</h2>")
     films = page.count("data:video/mp4")
-    sizes = [video.stat().st_size for video in (place / "out" / "videos").iterdir()]
-    monkeypatch.setattr(report, "VIDEO_BYTES", 2 * max(sizes))
+    sizes = [video.stat().st_size for video in (place / "out" / "videos").iterdir()]  # of films and their stills
+    monkeypatch.setattr(report, "VIDEO_BYTES", 4 * max(sizes))
     short = write_report(place / "out").read_text()
     assert 1 <= short.count("data:video/mp4") < films
     assert "are shown" in short or "is shown" in short  # what room there is goes to failures

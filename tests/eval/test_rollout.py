@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from triune.errors import UserError
 from triune.eval.controls import blank_images, give_instruction
 from triune.eval.episodes import Job, Ledger, Row, read_rows, slug
@@ -142,3 +143,17 @@ def test_ledger_survives_a_kill_and_sorts(tmp_path: Path) -> None:
     path.write_text('{"task": 1}\n')
     with pytest.raises(UserError, match="line 1"):
         read_rows(path)
+
+
+@pytest.mark.slow
+def test_real_worlds_give_the_same_rows_and_films_with_one_worker_and_with_two(tmp_path: Path) -> None:
+    from triune.envs.vector import WorldPool
+
+    def rows(workers: int) -> list[Row]:
+        todo = [Job("lift", "cubes/lift-red", 1_000_000 + i, 20.0, ("dx",), i) for i in range(3)]
+        with WorldPool(workers) as pool:
+            return sorted(rollout(todo, None, pool, Cinema(tmp_path / str(workers), 1, 0), slots=2), key=lambda row: row.seed)
+
+    one = rows(1)
+    assert one == rows(2)
+    assert [row.error for row in one] == [None] * 3 and one[0].video is not None

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from triune.errors import UserError
 from triune.eval.statistics import compare, episodes_needed, mcnemar, paired_interval, smoothness, wilson
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from triune.config import CONFIGS
 from triune.errors import UserError
 from triune.eval import evaluate, load_suite, runner
@@ -18,7 +19,11 @@ SUITE: dict[str, Any] = {
     "title": "Two squares",
     "episodes": 10,
     "gate": 0.7,
-    "tasks": {"fake/reach-red": {}, "fake/reach-green": {}, "fake/reach-red-twice": {"world": "fake/again-red", "scored": False, "episodes": 5}},
+    "tasks": {
+        "fake/reach-red": {},
+        "fake/reach-green": {},
+        "fake/reach-red-twice": {"world": "fake/again-red", "scored": False, "episodes": 5},
+    },
     "controls": {
         "instruction swapped": {"instruction": "swap", "episodes": 6, "below": 0.1},
         "images blanked": {"images": "blank", "tasks": ["fake/reach-red"], "episodes": 4},
