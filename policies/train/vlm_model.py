@@ -161,8 +161,18 @@ def build_model(config: VlmConfig, seed: int = 0) -> "SmolVLMForConditionalGener
 
 
 def save_folder(model: "SmolVLMForConditionalGeneration", processor: "SmolVLMProcessor", folder: Path, dtype: "torch.dtype") -> None:
-    """Write a folder that ``AutoModelForImageTextToText`` and ``AutoProcessor`` open offline, weights as ``dtype``."""
+    """Write a folder that ``AutoModelForImageTextToText`` and ``AutoProcessor`` open offline.
+
+    Weights are stored as ``dtype`` and the config asks for fp32, so that they are computed with in fp32: SmolVLM buckets
+    patch positions in the type of its weights, and in bf16 12 patches a side fall into 9 buckets.
+    """
     import copy
+    import json
 
     copy.deepcopy(model).to(dtype).save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2) + "\n")
     processor.save_pretrained(folder)
