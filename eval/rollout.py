@@ -33,6 +33,7 @@ class _Stage:
     jobs: dict[int, Job] = field(default_factory=dict)
     scripts: dict[int, Script] = field(default_factory=dict)
     waiting: set[int] = field(default_factory=set)
+    brief: set[int] = field(default_factory=set)  # those among them that wait for one single step
     inbox: dict[int, Answer] = field(default_factory=dict)
     asks: dict[int, Request] = field(default_factory=dict)
     finished: list[Row] = field(default_factory=list)
@@ -63,19 +64,27 @@ class _Stage:
             self.pool.reset(slot, job.world, job.seed, render=self.render, size=self.size)
         elif isinstance(command, Step):
             self.pool.step_chunk(slot, command.actions, command.video)
+            self.brief |= {slot} if len(command.actions) == 1 else set()
         else:
             self.pool.expert_chunk(slot, command.steps, command.video)
+            self.brief |= {slot} if command.steps == 1 else set()
 
     def collect(self, group: range) -> None:
-        """Wait for every world of the group, and give the answers to their scripts."""
+        """Wait for every world of the group, and give the answers to their scripts.
+
+        Single steps, in which episodes settle, are followed up at once: a turn of all for each of them would take long.
+        """
         due = [slot for slot in group if slot in self.waiting]
-        while any(slot not in self.inbox for slot in due):
-            for answer in self.pool.wait():
-                self.inbox[answer.slot] = answer
-        for slot in due:
-            self.waiting.discard(slot)
-            answer = self.inbox.pop(slot)
-            self.advance(slot, answer if answer.error is None else EpisodeError(answer.error))
+        while due:
+            while any(slot not in self.inbox for slot in due):
+                for answer in self.pool.wait():
+                    self.inbox[answer.slot] = answer
+            for slot in due:
+                self.waiting.discard(slot)
+                self.brief.discard(slot)
+                answer = self.inbox.pop(slot)
+                self.advance(slot, answer if answer.error is None else EpisodeError(answer.error))
+            due = [slot for slot in due if slot in self.brief]
 
     def think(self, policy: Policy) -> None:
         """Plan for all that asked, in one batch."""

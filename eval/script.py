@@ -16,7 +16,7 @@ from .film import Cinema, Imagined, Reel
 from .statistics import smoothness
 
 EXPERT_STEPS = 20  # steps of a scripted expert per command
-FILM_STEPS = 50  # steps of a replay per command: their frames travel in one message
+FILM_STEPS = 20  # steps of a replay per command: their frames travel in one message
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ def _film(job: Job, policy: Policy | None, tape: Tape, cinema: Cinema) -> Genera
     first = answer.observation
     frames, again, actions = [dict(first.images)], Tape(), np.concatenate(tape.actions) if tape.actions else np.zeros((0, 0))
     while again.steps < tape.steps:
-        left = tape.steps - again.steps
-        answer = yield Expert(min(left, EXPERT_STEPS), True) if policy is None else Step(actions[again.steps :][:FILM_STEPS], True)
+        count = 1 if again.first_success is not None else min(tape.steps - again.steps, FILM_STEPS)
+        answer = yield Expert(count, True) if policy is None else Step(actions[again.steps :][:count], True)
         frames += answer.frames
         again.add(answer.info)
     if (again.first_success, again.success) != (tape.first_success, tape.success):
