@@ -125,8 +125,8 @@ def prompt(contract: Contract, instruction: str) -> str:
 
 def prompt_encoder(model: Model) -> PromptEncoder:
     """The tokenizer of the model's prompt stream."""
-    stream = next(s for s in model.spec.streams.values() if s.tokens == "prompt")
-    return PromptEncoder(model.mot.experts[stream.expert].folder, stream.length)
+    name, stream = next((n, s) for n, s in model.spec.streams.items() if s.tokens == "prompt")
+    return PromptEncoder(model.vlm(name).folder, stream.length)
 
 
 def load_policy(path: str | Path, cuts: tuple[tuple[str, str], ...] = (), foresight: bool = True) -> TriunePolicy:
@@ -162,19 +162,29 @@ def load_trained(model: Model, file: Path) -> None:
     weights, own = load_file(file), model.trained()
     if weights.keys() != own.keys():
         odd = sorted(weights.keys() ^ own.keys())
-        raise UserError(f"{file} does not fit its spec: {len(odd)} names differ, first {odd[0]}; the checkpoint is not whole, copy it again")
+        raise UserError(
+            f"{file} does not fit its spec: {len(odd)} names differ, first {odd[0]}; the checkpoint is not whole, copy it again"
+        )
     for name, parameter in own.items():
         if parameter.shape != weights[name].shape:
-            raise UserError(f"{file}: {name} has shape {tuple(weights[name].shape)}, the spec says {tuple(parameter.shape)}; the checkpoint is not whole, copy it again")
+            raise UserError(
+                f"{file}: {name} has shape {tuple(weights[name].shape)}, the spec says {tuple(parameter.shape)}; "
+                "the checkpoint is not whole, copy it again"
+            )
         parameter.data.copy_(weights[name])
 
 
 def _check(observation: Observation, contract: Contract) -> None:
     for camera in contract.cameras:
         if camera.name not in observation.images:
-            raise UserError(f"the policy needs camera '{camera.name}', the observation has {', '.join(observation.images) or 'none'}; map your cameras to its names")
+            there = ", ".join(observation.images) or "none"
+            raise UserError(f"the policy needs camera '{camera.name}', the observation has {there}; map your cameras to its names")
         height, width, _ = observation.images[camera.name].shape
         if (camera.height, camera.width) != (height, width):
-            raise UserError(f"camera '{camera.name}' is {height}x{width}, the policy was trained on {camera.height}x{camera.width}; render or resize to that size")
-    if len(observation.state) != contract.state.size:
-        raise UserError(f"the state has {len(observation.state)} numbers, the policy needs {contract.state.size}: {', '.join(contract.state.names)}")
+            raise UserError(
+                f"camera '{camera.name}' is {height}x{width}, the policy was trained on {camera.height}x{camera.width}; "
+                "render or resize to that size"
+            )
+    size, needed = len(observation.state), contract.state
+    if size != needed.size:
+        raise UserError(f"the state has {size} numbers, the policy needs {needed.size}: {', '.join(needed.names)}")

@@ -53,5 +53,5 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 
     def forward(self, time: Float[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        weight = self.mlp[0].weight
-        return self.mlp(sinusoid(time, self.width).to(weight.dtype))
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(sinusoid(time, self.width).to(dtype))

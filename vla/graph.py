@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .spec import FlowHead, LatentHead, Phase, Spec
+from .spec import FlowHead, LatentHead, Phase, PhaseKind, Spec
 
 
 class Graph:
@@ -128,7 +128,7 @@ class Graph:
 
     # derivation -----------------------------------------------------------------------------------------------------
 
-    def _kind(self, stream: str) -> str:
+    def _kind(self, stream: str) -> PhaseKind:
         head = self.spec.heads.get(stream)
         return "denoise" if isinstance(head, FlowHead) else "regress" if isinstance(head, LatentHead) else "prefill"
 
@@ -139,7 +139,10 @@ class Graph:
             ready = [n for n in self.names if n not in done and all(c in done or c == n for c in self.reads(n))]
             if not ready:
                 left = ", ".join(n for n in self.names if n not in done)
-                raise UserError(f"{self.spec.name}: streams {left} read each other in a cycle; give a schedule that puts them in one phase, or cut an edge")
+                raise UserError(
+                    f"{self.spec.name}: streams {left} read each other in a cycle; "
+                    "give a schedule that puts them in one phase, or cut an edge"
+                )
             kind = min((self._kind(n) for n in ready), key=("prefill", "regress", "denoise").index)
             streams = tuple(n for n in ready if self._kind(n) == kind)
             last = next(reversed(phases)) if phases else None
@@ -157,7 +160,8 @@ class Graph:
             reader, read = self.spec.streams[row], self.spec.streams[col]
             if self.spec.experts[reader.expert].frozen and reader.expert != read.expert:
                 raise UserError(
-                    f"{self.spec.name}: edges.{row}.{col}: the expert '{reader.expert}' of {row} is frozen and must not read {col}, which would change it; cut the edge or unfreeze it"
+                    f"{self.spec.name}: edges.{row}.{col}: the expert '{reader.expert}' of {row} is frozen and must not read {col}, "
+                    "which would change it; cut the edge or unfreeze it"
                 )
             if edge.relation != "full" and row != col:
                 raise UserError(f"{self.spec.name}: edges.{row}.{col}: relation '{edge.relation}' holds inside one stream only; use 'full'")
@@ -167,16 +171,23 @@ class Graph:
     def _check_phases(self) -> None:
         listed = [s for phase in self.phases.values() for s in phase.streams]
         if sorted(listed) != sorted(self.names):
-            raise UserError(f"{self.spec.name}: the schedule must name every stream once ({', '.join(self.names)}), it names {', '.join(listed)}")
+            raise UserError(
+                f"{self.spec.name}: the schedule must name every stream once ({', '.join(self.names)}), it names {', '.join(listed)}"
+            )
         done: set[str] = set()
         for name, phase in self.phases.items():
             done |= set(phase.streams)
             for row in phase.streams:
                 late = [c for c in self.reads(row) if c not in done]
                 if late:
-                    raise UserError(f"{self.spec.name}: {row} runs in phase '{name}' but reads {', '.join(late)}, which a later phase makes")
-                if self._kind(row) != phase.kind:
-                    raise UserError(f"{self.spec.name}: {row} is of kind {self._kind(row)} by its head and cannot run in the {phase.kind} phase '{name}'")
+                    raise UserError(
+                        f"{self.spec.name}: {row} runs in phase '{name}' but reads {', '.join(late)}, which a later phase makes"
+                    )
+                kind = self._kind(row)
+                if kind != phase.kind:
+                    raise UserError(
+                        f"{self.spec.name}: {row} is of kind {kind} by its head and cannot run in the {phase.kind} phase '{name}'"
+                    )
 
     # blocks of the mask ---------------------------------------------------------------------------------------------
 

@@ -8,11 +8,12 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .experts import Decoder, PretrainedVLM
+from .experts import Decoder, Expert, PretrainedVLM
 from .flow import interpolate
 from .foresight import LatentForesight
 from .graph import Graph
 from .heads import ActionHead, StateEncoder
+from .modules import ModuleDict
 from .mot import KV, Cache, MoT, Tokens
 from .spec import DecoderExpert, FlowHead, LatentHead, PretrainedExpert, Spec
 
@@ -70,11 +71,11 @@ class Model(nn.Module):
         _check_space(spec, experts)
         self.mot = MoT(self.graph, experts)
         widths = {name: experts[stream.expert].width for name, stream in spec.streams.items()}
-        self.states = nn.ModuleDict({n: StateEncoder(spec.state_dim, widths[n]) for n, s in spec.streams.items() if s.tokens == "state"})
+        self.states = ModuleDict({n: StateEncoder(spec.state_dim, widths[n]) for n, s in spec.streams.items() if s.tokens == "state"})
         flows = {n: h for n, h in spec.heads.items() if isinstance(h, FlowHead)}
         latents = {n: h for n, h in spec.heads.items() if isinstance(h, LatentHead)}
-        self.actions = nn.ModuleDict({n: ActionHead(h.action_dim, widths[n], not self._timed(n)) for n, h in flows.items()})
-        self.foresight = nn.ModuleDict({n: LatentForesight(h, widths[n], spec.streams[n].length) for n, h in latents.items()})
+        self.actions = ModuleDict({n: ActionHead(h.action_dim, widths[n], not self._timed(n)) for n, h in flows.items()})
+        self.foresight = ModuleDict({n: LatentForesight(h, widths[n], spec.streams[n].length) for n, h in latents.items()})
         for name, config in spec.experts.items():
             if config.frozen:
                 self.mot.experts[name].requires_grad_(False)
@@ -132,7 +133,9 @@ class Model(nn.Module):
         foresight = {n: self.foresight[n].predict(hidden[n]) for n in heads if n in self.foresight}
         return self.actions[self.action_stream].velocity(hidden[self.action_stream]), foresight
 
-    def losses(self, inputs: Inputs, targets: Targets, noise: Float[Tensor, "B C A"], time: Float[Tensor, "B C"], cache: Cache | None = None) -> dict[str, Tensor]:
+    def losses(
+        self, inputs: Inputs, targets: Targets, noise: Float[Tensor, "B C A"], time: Float[Tensor, "B C"], cache: Cache | None = None
+    ) -> dict[str, Tensor]:
         """Weighted sum ``loss`` and its terms, one per head."""
         velocity, foresight = self.joint(inputs, interpolate(noise, targets.actions, time), time, cache)
         terms = {}
@@ -157,6 +160,12 @@ class Model(nn.Module):
         """Euler steps of the denoise phase."""
         return next(p.steps or 10 for p in self.graph.phases.values() if p.kind == "denoise")
 
+    def vlm(self, stream: str) -> PretrainedVLM:
+        """The expert of a prompt stream."""
+        expert = self.mot.experts[self.spec.streams[stream].expert]
+        assert isinstance(expert, PretrainedVLM), f"stream {stream} holds no prompt"
+        return expert
+
     def trained(self) -> dict[str, Tensor]:
         """Names and values of the parameters that training changes: what a checkpoint holds."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -178,8 +187,7 @@ class Model(nn.Module):
         match kind:
             case "prompt":
                 assert inputs.images is not None and inputs.ids is not None, f"stream {name} needs images and prompt ids"
-                vlm = self.mot.experts[self.spec.streams[name].expert]
-                return Tokens(vlm.embed(inputs.images, inputs.ids), empty, inputs.present)
+                return Tokens(self.vlm(name).embed(inputs.images, inputs.ids), empty, inputs.present)
             case "state":
                 assert inputs.state is not None, f"stream {name} needs the state"
                 return Tokens(self.states[name](inputs.state), empty, time=self._clean(name, batch, inputs.state))
@@ -202,16 +210,19 @@ def build(spec: Spec, seed: int = 0) -> Model:
         return Model(spec)
 
 
-def _expert(config: PretrainedExpert | DecoderExpert, spec: Spec) -> PretrainedVLM | Decoder:
+def _expert(config: PretrainedExpert | DecoderExpert, spec: Spec) -> Expert:
     if isinstance(config, PretrainedExpert):
         return PretrainedVLM(config.weights, config.frozen)
     return Decoder(config, spec.space)
 
 
-def _check_space(spec: Spec, experts: dict[str, PretrainedVLM | Decoder]) -> None:
+def _check_space(spec: Spec, experts: dict[str, Expert]) -> None:
     for name, expert in experts.items():
         if isinstance(expert, PretrainedVLM) and expert.space != spec.space:
-            raise UserError(f"{spec.name}: the weights of expert '{name}' live in the attention space {expert.space!r}; set the spec's space to it (it is {spec.space!r})")
+            raise UserError(
+                f"{spec.name}: the weights of expert '{name}' live in the attention space {expert.space!r}; "
+                f"set the spec's space to it (it is {spec.space!r})"
+            )
     depths = {name: expert.depth for name, expert in experts.items()}
     if len(set(depths.values())) > 1:
         raise UserError(f"{spec.name}: all layers are coupled one to one, but the experts' depths differ: {depths}")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .attention import attend, rotary
 from .experts.base import Expert
 from .graph import Graph
+from .modules import ModuleDict
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ class MoT(nn.Module):
         super().__init__()
         self.graph = graph
         self.space = graph.spec.space
-        self.experts = nn.ModuleDict(experts)  # type: ignore[arg-type]  # a Protocol over nn.Modules
+        self.experts = ModuleDict(experts)
         self.depth = next(iter(experts.values())).depth
 
-    def forward(self, tokens: Mapping[str, Tokens], cache: Cache, keep: Sequence[str] = (), outputs: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, KV]]:
+    def forward(
+        self, tokens: Mapping[str, Tokens], cache: Cache, keep: Sequence[str] = (), outputs: Sequence[str] = ()
+    ) -> tuple[dict[str, Tensor], dict[str, KV]]:
         """Run the live streams ``tokens``, which may read each other and the streams in ``cache``.
 
         Args:
@@ -90,7 +93,11 @@ class MoT(nn.Module):
             for e, names in owners.items():
                 x[e] = self.experts[e].finish(layer, x[e], torch.cat([attended[n] for n in names], dim=1), condition[e])
 
-        hidden = self._outputs(owners, x, condition, tokens, outputs)
+        hidden: dict[str, Tensor] = {}
+        for e, names in owners.items():
+            if any(n in outputs for n in names):
+                final = self.experts[e].final(x[e], condition[e]).split([tokens[n].x.shape[1] for n in names], dim=1)
+                hidden |= {n: h for n, h in zip(names, final, strict=True) if n in outputs}
         return hidden, {n: KV(tuple(ks), tuple(vs), tokens[n].present) for n, (ks, vs) in kept.items()}
 
     def _owners(self, tokens: Mapping[str, Tokens]) -> dict[str, list[str]]:
@@ -124,14 +131,6 @@ class MoT(nn.Module):
 
     def _phase(self, streams: list[Tokens], x: Tensor) -> tuple[Tensor, Tensor]:
         return rotary(torch.cat([s.positions for s in streams], dim=1), self.space.head_dim, self.space.rope_theta)
-
-    def _outputs(self, owners: dict[str, list[str]], x: dict[str, Tensor], condition: dict[str, Tensor | None], tokens: Mapping[str, Tokens], outputs: Sequence[str]) -> dict[str, Tensor]:
-        hidden: dict[str, Tensor] = {}
-        for e, names in owners.items():
-            if any(n in outputs for n in names):
-                final = self.experts[e].final(x[e], condition[e]).split([tokens[n].x.shape[1] for n in names], dim=1)
-                hidden |= {n: h for n, h in zip(names, final, strict=True) if n in outputs}
-        return hidden
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,16 @@
 4. frozen: a frozen expert's parameters are bit-identical after training steps and hold neither gradients nor optimizer state.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .experts import PretrainedVLM
 from .flow import draw_times
 from .graph import Graph
 from .model import Inputs, Model, Targets, build
 from .mot import Tokens
-from .spec import load_spec
+from .spec import FlowHead, LatentHead, load_spec
 
 TOLERANCE = 1e-5
 """Largest absolute difference allowed between two ways to compute the same thing in fp32."""
@@ -38,10 +37,11 @@ def probe(model: Model, batch: int = 2, seed: int = 0) -> Probe:
     spec = model.spec
     actions = spec.streams[model.action_stream]
     head = spec.heads[model.action_stream]
+    assert isinstance(head, FlowHead)
     ids, present = _prompt(model, batch, rng)
-    size = max([h.image_size for h in spec.heads.values() if h.kind == "latent"], default=96)
+    size = max([h.image_size for h in spec.heads.values() if isinstance(h, LatentHead)], default=96)
     images = torch.randint(0, 256, (batch, len(spec.cameras), 3, size, size), generator=rng, dtype=torch.uint8)
-    shape = (batch, actions.length, head.action_dim if head.kind == "flow" else 0)
+    shape = (batch, actions.length, head.action_dim)
     inputs = Inputs(images, ids, present, torch.randn(batch, spec.state_dim, generator=rng))
     targets = Targets(torch.randn(shape, generator=rng), torch.ones(shape[:2], dtype=torch.bool), images)
     time = draw_times((batch, 1), "uniform", rng).expand(shape[:2])
@@ -55,7 +55,8 @@ def gradient_probe(model: Model, tokens_per_stream: int = 3) -> list[str]:
     """
     model = model.eval()
     data = probe(model, batch=1)
-    tokens = model.embed(model.graph.names, Inputs(data.inputs.images, data.inputs.ids, None, data.inputs.state), data.targets.actions, data.time)
+    inputs = replace(data.inputs, present=None)
+    tokens = model.embed(model.graph.names, inputs, data.targets.actions, data.time)
     leaves = {n: t.x.detach().clone().requires_grad_() for n, t in tokens.items()}
     hidden = _joint(model, tokens, leaves)
     depth = model.mot.depth
@@ -66,7 +67,8 @@ def gradient_probe(model: Model, tokens_per_stream: int = 3) -> list[str]:
         length = model.spec.streams[row].length
         for i in sorted({0, length // 2, length - 1, *range(min(tokens_per_stream, length))}):
             weights = torch.randn(hidden[row].shape[-1], generator=torch.Generator().manual_seed(i))
-            gradients = torch.autograd.grad((hidden[row][0, i] * weights).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+            read = (hidden[row][0, i] * weights).sum()
+            gradients = torch.autograd.grad(read, list(leaves.values()), retain_graph=True, allow_unused=True)
             seen = torch.cat([_touched(g, leaf) for g, leaf in zip(gradients, leaves.values(), strict=True)])
             wrong += _differences(model.graph, row, i, seen, by_gradient[starts[row] + i], "gradient")
     for col in sorted({c for (_, c), e in model.graph.edges.items() if e.detach}):
@@ -101,9 +103,9 @@ def expert_parity(model: Model) -> float | None:
     model = model.eval()
     worst = None
     for name, stream in model.spec.streams.items():
-        expert = model.mot.experts[stream.expert]
-        if stream.tokens != "prompt" or not isinstance(expert, PretrainedVLM):
+        if stream.tokens != "prompt":
             continue
+        expert = model.vlm(name)
         data = probe(model).inputs
         assert data.images is not None and data.ids is not None and data.present is not None
         hidden, _ = model.mot(model.embed([name], data), {}, outputs=[name])
@@ -118,7 +120,8 @@ def frozen(model: Model, steps: int = 3) -> list[str]:
     """What went wrong with frozen experts over a few optimizer steps, as sentences; empty when the proof holds."""
     model = model.train()
     optimizer = torch.optim.AdamW(list(model.trained().values()), lr=1e-3)
-    held = {name: p for e, config in model.spec.experts.items() if config.frozen for name, p in model.mot.experts[e].named_parameters(prefix=e)}
+    experts = [e for e, config in model.spec.experts.items() if config.frozen]
+    held = {name: p for e in experts for name, p in model.mot.experts[e].named_parameters(prefix=e)}
     before = {name: p.detach().clone() for name, p in held.items()}
     data = probe(model)
     for _ in range(steps):
@@ -178,9 +181,9 @@ def _constant(model: Model, stream: str) -> bool:
 def _prompt(model: Model, batch: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random prompt ids with the image tokens of all views in front, and their presence (the second row is shorter)."""
     name, stream = next((n, s) for n, s in model.spec.streams.items() if s.tokens == "prompt")
-    expert = model.mot.experts[model.spec.streams[name].expert]
-    config = expert.model.config
-    image = torch.full((expert.image_tokens * len(model.spec.cameras),), config.image_token_id)
+    vlm = model.vlm(name)
+    config = vlm.model.config
+    image = torch.full((vlm.image_tokens * len(model.spec.cameras),), config.image_token_id)
     text = torch.randint(0, config.text_config.vocab_size, (batch, stream.length - len(image)), generator=rng)
     text = torch.where(text == config.image_token_id, (text + 1) % config.text_config.vocab_size, text)
     present = torch.ones(batch, stream.length, dtype=torch.bool)

@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .graph import Graph
 from .model import Model, build
@@ -16,7 +16,7 @@ RELATION_COLOURS = {"full": "#4477aa", "causal": "#66ccee", "block_causal": "#22
 """Paul Tol's bright palette: told apart by colour-blind readers."""
 
 
-def facts(spec: Spec, model: Model | None = None) -> dict[str, object]:
+def facts(spec: Spec, model: Model | None = None) -> dict[str, Any]:
     """Everything that ``vla model show`` prints, as data: streams, matrix, phases with what they keep, parameters."""
     graph = Graph(spec)
     model = model or build(spec)
@@ -54,8 +54,9 @@ def show(name: str, png: Path | None = None, overrides: list[str] | None = None)
 
     streams = Table("stream", "expert", "tokens", "length", "positions", "head", title="streams")
     for n, s in spec.streams.items():
-        head = spec.heads.get(n)
-        streams.add_row(n, s.expert + (" (frozen)" if spec.experts[s.expert].frozen else ""), s.tokens, str(s.length), s.positions, head.kind if head else "")
+        expert = s.expert + (" (frozen)" if spec.experts[s.expert].frozen else "")
+        head = spec.heads[n].kind if n in spec.heads else ""
+        streams.add_row(n, expert, s.tokens, str(s.length), s.positions, head)
     matrix = Table("row reads", *graph.names, title="attention graph (* = gradient stops)")
     for row, cells in zip(graph.names, graph.matrix(), strict=True):
         matrix.add_row(row, *cells)
@@ -64,7 +65,7 @@ def show(name: str, png: Path | None = None, overrides: list[str] | None = None)
         kept = ", ".join(graph.cached()[n]) or "nothing"
         phases.add_row(n, p.kind, ", ".join(p.streams), kept, f"{p.steps or 10} steps" if p.kind == "denoise" else "once an observation")
     experts = Table("expert", "made of", "parameters", "trained", title="parameters")
-    for n, counts in data["experts"].items():  # type: ignore[attr-defined]
+    for n, counts in data["experts"].items():
         config = spec.experts[n]
         made = f"decoder, {config.depth} layers of {config.width}" if isinstance(config, DecoderExpert) else config.weights
         experts.add_row(n, made, f"{counts['parameters']:,}", f"{counts['trained']:,}")
@@ -109,7 +110,8 @@ def figure(spec: Spec) -> "Figure":
             left.imshow(block, extent=(scale[c], scale[c + 1], scale[r + 1], scale[r]), aspect="auto", interpolation="nearest")
     middles = [(scale[i] + scale[i + 1]) / 2 for i in range(len(names))]
     labels = [f"{n}\n{length}" for n, length in zip(names, lengths, strict=True)]
-    left.set(xlim=(0, scale[-1]), ylim=(scale[-1], 0), xticks=middles, yticks=middles, xticklabels=labels, yticklabels=labels, xlabel="is read", ylabel="reads")
+    left.set(xlim=(0, scale[-1]), xticks=middles, xticklabels=labels, xlabel="is read")
+    left.set(ylim=(scale[-1], 0), yticks=middles, yticklabels=labels, ylabel="reads")
     left.set_title(f"{spec.name}: who reads whom", fontsize=10, loc="left")
     for at in scale[1:-1]:
         left.axhline(at, color="#bbbbbb", lw=0.8)
@@ -127,16 +129,16 @@ def _readable(lengths: list[int]) -> list[float]:
     return borders
 
 
-def _phases(axes: object, graph: Graph) -> None:
+def _phases(axes: Any, graph: Graph) -> None:
     kept = graph.cached()
-    axes.set(xlim=(0, 10), ylim=(len(graph.phases) + 0.3, -0.3))  # type: ignore[attr-defined]
-    axes.axis("off")  # type: ignore[attr-defined]
-    axes.set_title("order, caches", fontsize=10, loc="left")  # type: ignore[attr-defined]
+    axes.set(xlim=(0, 10), ylim=(len(graph.phases) + 0.3, -0.3))
+    axes.axis("off")
+    axes.set_title("order, caches", fontsize=10, loc="left")
     for i, (name, phase) in enumerate(graph.phases.items()):
         often = f"{phase.steps or 10} steps" if phase.kind == "denoise" else "once"
         box = {"boxstyle": "round,pad=0.5", "facecolor": "#eef3f8", "edgecolor": "#4477aa", "linewidth": 1.0}
         experts = ", ".join(dict.fromkeys(graph.spec.streams[s].expert for s in phase.streams))
         text = f"{name}: {phase.kind} {', '.join(phase.streams)}  ({often}, expert {experts})"
-        axes.text(0.2, i + 0.3, text, fontsize=9, va="center", bbox=box)  # type: ignore[attr-defined]
+        axes.text(0.2, i + 0.3, text, fontsize=9, va="center", bbox=box)
         if kept[name]:
-            axes.text(0.6, i + 0.75, f"keeps K/V of {', '.join(kept[name])}", fontsize=8, va="center", color="#555555")  # type: ignore[attr-defined]
+            axes.text(0.6, i + 0.75, f"keeps K/V of {', '.join(kept[name])}", fontsize=8, va="center", color="#555555")

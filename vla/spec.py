@@ -5,6 +5,7 @@ which, heads turn hidden states into losses and outputs. Everything else (mask, 
 derived from the edges in ``graph.py``.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from ..config import Strict, find, load_tree, parse
 from ..errors import UserError
 
 Relation = Literal["full", "causal", "block_causal", "own_block"]
+PhaseKind = Literal["prefill", "regress", "denoise"]
 
 
 class Space(Strict):
@@ -118,7 +120,7 @@ Head = Annotated[FlowHead | LatentHead, Field(discriminator="kind")]
 class Phase(Strict):
     """One step of inference. ``steps`` counts Euler steps of a denoise phase."""
 
-    kind: Literal["prefill", "regress", "denoise"]
+    kind: PhaseKind
     streams: tuple[str, ...]
     steps: PositiveInt | None = None
 
@@ -141,7 +143,7 @@ class Spec(Strict):
     def _consistent(self) -> "Spec":
         for name, stream in self.streams.items():
             _known(stream.expert, self.experts, f"streams.{name}.expert", "expert")
-            if stream.tokens == "prompt" and self.experts[stream.expert].kind != "pretrained":
+            if stream.tokens == "prompt" and not isinstance(self.experts[stream.expert], PretrainedExpert):
                 raise ValueError(f"streams.{name} holds a prompt, so its expert '{stream.expert}' must be of kind pretrained")
         for row, cols in self.edges.items():
             _known(row, self.streams, f"edges.{row}", "stream")
@@ -191,6 +193,6 @@ def load_spec(name: str, overrides: list[str] | None = None) -> Spec:
     return parse(Spec, load_tree(path, overrides), path)
 
 
-def _known(name: str, table: dict[str, object], where: str, what: str) -> None:
+def _known(name: str, table: Mapping[str, object], where: str, what: str) -> None:
     if name not in table:
         raise ValueError(f"{where} names no {what}: '{name}' (there are {', '.join(table)})")

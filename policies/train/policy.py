@@ -253,12 +253,16 @@ def check_dataset(dataset: Dataset, spec: Spec, recipe: Recipe) -> None:
             "record it, or set overrides.cameras to what there is"
         )
     if recipe.action_key not in dataset.vectors:
-        raise UserError(f"{dataset.path} has no column '{recipe.action_key}'; set action_key to one of {', '.join(k for k in dataset.vectors if k.startswith('action'))}")
+        known = ", ".join(k for k in dataset.vectors if k.startswith("action"))
+        raise UserError(f"{dataset.path} has no column '{recipe.action_key}'; set action_key to one of {known}")
     head = next(h for h in spec.heads.values() if isinstance(h, FlowHead))
     for what, want, key in (("state", spec.state_dim, "observation.state"), ("action", head.action_dim, recipe.action_key)):
         have = dataset.vectors[key].shape[1]
         if have != want:
-            raise UserError(f"{dataset.path}: '{key}' has {have} dimensions, {spec.name} takes {want} for its {what}; set the spec's {what}_dim or use the robot's own spec")
+            raise UserError(
+                f"{dataset.path}: '{key}' has {have} dimensions, {spec.name} takes {want} for its {what}; "
+                f"set the spec's {what}_dim or use the robot's own spec"
+            )
 
 
 def references(spec: Spec) -> dict[str, Reference]:

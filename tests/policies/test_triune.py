@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from triune import UserError
+from triune.config import merge
 from triune.data import Camera, Contract, Episode, Observation, Vector
 from triune.data.writer import DatasetWriter
 from triune.policies import Request, TriunePolicy, load_policy, read_checkpoint, verify
@@ -28,14 +29,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rng = np.random.default_rng(i)
             images = {c.name: rng.integers(0, 256, (9, SIDE, SIDE, 3), np.uint8) for c in cameras}
             state, action = rng.normal(size=(9, 5)).astype(np.float32), rng.normal(size=(9, 3)).astype(np.float32)
-            writer.add(Episode(images, state, action, ("lift the red cube", "lift the cube")[i % 2], {"world": "noise", "seed": i, "success": True}))
+            words = ("lift the red cube", "lift the cube")[i % 2]
+            writer.add(Episode(images, state, action, words, {"world": "noise", "seed": i, "success": True}))
     return folder
 
 
 @pytest.fixture(scope="session")
 def recipe_tree(dataset: Path, tiny_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> dict:
     spec = tmp_path_factory.mktemp("spec") / "probe.yaml"
-    spec.write_text(yaml.safe_dump({**tiny_tree, "streams": {**tiny_tree["streams"], "obs": {**tiny_tree["streams"]["obs"], "length": 24}}}))
+    spec.write_text(yaml.safe_dump(merge(tiny_tree, {"streams": {"obs": {"length": 24}}})))
     train = {"steps": 4, "batch_size": 4, "precision": "fp32", "device": "cpu", "save_every": 4}
     return {"kind": "policy", "spec": str(spec), "data": str(dataset), "executed": 3, "train": train}
 
@@ -55,6 +57,10 @@ def policy(checkpoint: Path) -> TriunePolicy:
 def observation(seed: int = 0, words: str = "lift the red cube") -> Observation:
     rng = np.random.default_rng(seed)
     return Observation({c: rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8) for c in ("agentview", "wrist")}, rng.normal(size=5), words, 0.5)
+
+
+def blank(cameras: tuple[str, ...] = ("agentview", "wrist"), side: int = SIDE, state: int = 5) -> Observation:
+    return Observation({c: np.zeros((side, side, 3), np.uint8) for c in cameras}, np.zeros(state), "go")
 
 
 def answer(policy: TriunePolicy, sessions: list[int]) -> list[np.ndarray]:
@@ -115,9 +121,9 @@ def test_words_matter_and_an_edge_can_be_cut(checkpoint: Path, policy: TriunePol
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (Observation({"agentview": np.zeros((SIDE, SIDE, 3), np.uint8)}, np.zeros(5), "go"), "needs camera 'wrist'"),
-        (Observation({c: np.zeros((48, 48, 3), np.uint8) for c in ("agentview", "wrist")}, np.zeros(5), "go"), "is 48x48, the policy was trained on 32x32"),
-        (Observation({c: np.zeros((SIDE, SIDE, 3), np.uint8) for c in ("agentview", "wrist")}, np.zeros(4), "go"), "has 4 numbers, the policy needs 5"),
+        (blank(cameras=("agentview",)), "needs camera 'wrist'"),
+        (blank(side=48), "is 48x48, the policy was trained on 32x32"),
+        (blank(state=4), "has 4 numbers, the policy needs 5"),
     ],
 )
 def test_an_observation_that_does_not_fit_is_refused(wrong: Observation, message: str, policy: TriunePolicy) -> None:

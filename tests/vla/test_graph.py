@@ -19,7 +19,7 @@ def test_phases_follow_from_the_edges(make_spec) -> None:
 
 def test_what_nobody_reads_is_not_kept(make_spec) -> None:
     graph = Graph(make_spec(edges={"action": {"future": None, "state": None}}))
-    assert [kept for kept in graph.cached().values()] == [("obs",), (), ()]
+    assert list(graph.cached().values()) == [("obs",), (), ()]
 
 
 def test_mask_blocks(make_spec) -> None:

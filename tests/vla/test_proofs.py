@@ -3,7 +3,7 @@
 import pytest
 
 from triune.config import CONFIGS
-from triune.vla import build
+from triune.vla import Graph, build
 from triune.vla.proofs import TOLERANCE, cache_equivalence, check, expert_parity, frozen, gradient_probe, overfit
 
 SPECS = sorted(p.stem for p in (CONFIGS / "model").glob("*.yaml"))
@@ -60,9 +60,13 @@ def test_one_batch_is_learned(name: str, make_spec) -> None:
 
 def test_the_probe_notices_a_wrong_mask(make_spec, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(make_spec(edges={"action": {"action": "causal"}}))
-    right = model.graph.mask
-    monkeypatch.setattr(model.graph, "mask", lambda rows, cols, present, device=None: None if len(rows) == 4 else right(rows, cols, present, device))
-    model.graph.reaches = type(model.graph)(model.spec).reaches  # type: ignore[method-assign]  # the honest closure
+    honest, right = Graph(model.spec), model.graph.mask
+
+    def wrong(rows, cols, present, device=None):
+        return None if len(rows) == 4 else right(rows, cols, present, device)
+
+    monkeypatch.setattr(model.graph, "mask", wrong)
+    monkeypatch.setattr(model.graph, "reaches", honest.reaches)
     assert gradient_probe(model) != []
 
 

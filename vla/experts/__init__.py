@@ -1,4 +1,4 @@
-"""Experts: the weights that process a stream's tokens. All answer to the ``Expert`` protocol of ``base.py``."""
+"""Experts: the weights that process a stream's tokens. All are an ``Expert`` of ``base.py``."""
 
 from .base import Expert
 from .decoder import Decoder

@@ -1,14 +1,13 @@
 """What the MoT loop asks of an expert."""
 
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
 
-from torch import Tensor
+from torch import Tensor, nn
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
-@runtime_checkable
-class Expert(Protocol):
+class Expert(nn.Module, ABC):
     """Per-layer pieces of a pre-norm transformer; the loop owns attention and order.
 
     ``time`` is the flow time (B, T) of each token where the expert is conditioned on it, else None.
@@ -17,18 +16,18 @@ class Expert(Protocol):
     width: int
     depth: int
 
+    @abstractmethod
     def condition(self, time: Tensor | None) -> Tensor | None:
         """What the layers need to know of ``time`` (B, T), computed once per forward."""
-        ...
 
+    @abstractmethod
     def project(self, layer: int, x: Tensor, phase: tuple[Tensor, Tensor], condition: Tensor | None) -> QKV:
         """x (B, T, D) -> rotated q (B, N, T, H), rotated k and plain v (B, G, T, H)."""
-        ...
 
+    @abstractmethod
     def finish(self, layer: int, x: Tensor, attended: Tensor, condition: Tensor | None) -> Tensor:
         """Output projection, residuals and FFN: x (B, T, D), attended (B, T, N*H) -> (B, T, D)."""
-        ...
 
+    @abstractmethod
     def final(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """The final norm."""
-        ...

@@ -1,5 +1,7 @@
 """Our own trainable expert: a pre-norm decoder with SwiGLU and optional adaptive RMS norms."""
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 from ..attention import rotate
 from ..flow import TimeEmbedding
 from ..spec import DecoderExpert, Space
-from .base import QKV
+from .base import QKV, Expert
 
 
 class Norm(nn.Module):
@@ -50,7 +52,7 @@ class DecoderLayer(nn.Module):
         self.k_norm = nn.RMSNorm(space.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
 
 
-class Decoder(nn.Module):
+class Decoder(Expert):
     """A stack of decoder layers whose attention happens in the shared space (see ``Expert``)."""
 
     def __init__(self, config: DecoderExpert, space: Space) -> None:
@@ -71,13 +73,13 @@ class Decoder(nn.Module):
         return self.time(time)
 
     def project(self, layer: int, x: Float[Tensor, "B T D"], phase: tuple[Tensor, Tensor], condition: Tensor | None) -> QKV:
-        part = self.layers[layer]
+        part = self._layer(layer)
         normed, _ = part.attention_norm(x, condition)
         q, k, v = (self._heads(linear(normed)) for linear in (part.q, part.k, part.v))
         return rotate(part.q_norm(q), phase), rotate(part.k_norm(k), phase), v
 
     def finish(self, layer: int, x: Float[Tensor, "B T D"], attended: Float[Tensor, "B T NH"], condition: Tensor | None) -> Tensor:
-        part = self.layers[layer]
+        part = self._layer(layer)
         _, gate = part.attention_norm(x, condition) if condition is not None else (x, None)
         x = x + _gated(part.o(attended), gate)
         normed, gate = part.ffn_norm(x, condition)
@@ -87,6 +89,9 @@ class Decoder(nn.Module):
     def final(self, x: Float[Tensor, "B T D"], condition: Tensor | None) -> Float[Tensor, "B T D"]:
         normed, _ = self.final_norm(x, condition)
         return normed
+
+    def _layer(self, index: int) -> DecoderLayer:
+        return cast(DecoderLayer, self.layers[index])
 
     def _heads(self, x: Float[Tensor, "B T XH"]) -> Float[Tensor, "B X T H"]:
         return x.unflatten(-1, (-1, self.space.head_dim)).transpose(1, 2)

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import UserError
 from ..attention import rotate
 from ..spec import Space
 from ..weights.references import resolve_weights
-from .base import QKV
+from .base import QKV, Expert
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Family:
         images: (model, pixels (B*V, 3, H, W) as its processor normalises them) -> image tokens (B*V, T, D).
     """
 
-    text: Callable[[nn.Module], Any]
-    images: Callable[[nn.Module, Tensor], Tensor]
+    text: Callable[[Any], Any]
+    images: Callable[[Any, Tensor], Tensor]
 
 
 def _smolvlm_images(model: Any, pixels: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ FAMILIES: dict[str, Family] = {"smolvlm": _LLAMA_TEXT, "idefics3": _LLAMA_TEXT}
 """transformers ``model_type`` -> its family."""
 
 
-class PretrainedVLM(nn.Module):
+class PretrainedVLM(Expert):
     """See ``Expert``. Weights stay in fp32: a bf16 SmolVLM buckets its patch positions wrongly (12 a side become 9).
 
     Raises:
@@ -95,20 +95,21 @@ class PretrainedVLM(nn.Module):
         """A pretrained VLM knows no flow time."""
         return None
 
-    def project(self, layer: int, x: Float[Tensor, "B T D"], phase: tuple[Tensor, Tensor], condition: None) -> QKV:
+    def project(self, layer: int, x: Float[Tensor, "B T D"], phase: tuple[Tensor, Tensor], condition: Tensor | None) -> QKV:
         part = self.family.text(self.model).layers[layer]
         normed = part.input_layernorm(x)
-        attention = part.self_attn
-        heads = (linear(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
-        q, k, v = heads
+        linears = (part.self_attn.q_proj, part.self_attn.k_proj, part.self_attn.v_proj)
+        q, k, v = (linear(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in linears)
         return rotate(q, phase), rotate(k, phase), v
 
-    def finish(self, layer: int, x: Float[Tensor, "B T D"], attended: Float[Tensor, "B T NH"], condition: None) -> Float[Tensor, "B T D"]:
+    def finish(
+        self, layer: int, x: Float[Tensor, "B T D"], attended: Float[Tensor, "B T NH"], condition: Tensor | None
+    ) -> Float[Tensor, "B T D"]:
         part = self.family.text(self.model).layers[layer]
         x = x + part.self_attn.o_proj(attended)
         return x + part.mlp(part.post_attention_layernorm(x))
 
-    def final(self, x: Float[Tensor, "B T D"], condition: None) -> Float[Tensor, "B T D"]:
+    def final(self, x: Float[Tensor, "B T D"], condition: Tensor | None) -> Float[Tensor, "B T D"]:
         return self.family.text(self.model).norm(x)
 
 
@@ -122,10 +123,12 @@ class PromptEncoder:
         from transformers import AutoProcessor
 
         self.processor: Any = AutoProcessor.from_pretrained(folder)
-        image_processor = self.processor.image_processor
-        if list(image_processor.image_mean) != [0.5] * 3 or list(image_processor.image_std) != [0.5] * 3:
-            raise UserError(f"{folder}: images are normalised with mean {image_processor.image_mean} and std {image_processor.image_std}; only 0.5 is supported")
-        self.side = int(image_processor.size["longest_edge"])
+        images = self.processor.image_processor
+        if list(images.image_mean) != [0.5] * 3 or list(images.image_std) != [0.5] * 3:
+            raise UserError(
+                f"{folder}: images are normalised with mean {images.image_mean} and std {images.image_std}; only 0.5 is supported"
+            )
+        self.side = int(images.size["longest_edge"])
         self.length = length
         self._known: dict[tuple[str, int], Tensor] = {}
 
@@ -151,7 +154,10 @@ class PromptEncoder:
             prompt = self.processor.image_token * views + text
             row = self.processor(text=prompt, images=blank, return_tensors="pt")["input_ids"][0]
             if len(row) > self.length:
-                raise UserError(f"the instruction '{text}' with {views} views takes {len(row)} tokens, the spec's prompt stream holds {self.length}; shorten it or raise the stream's length")
+                raise UserError(
+                    f"the instruction '{text}' with {views} views takes {len(row)} tokens, the spec's prompt stream holds {self.length}; "
+                    "shorten it or raise the stream's length"
+                )
             self._known[text, views] = row
         return self._known[text, views]
 

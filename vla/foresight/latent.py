@@ -21,6 +21,8 @@ class LatentForesight(nn.Module):
         UserError: the stream's length is not the number of latent patches of the cameras.
     """
 
+    autoencoder: Any
+
     def __init__(self, head: LatentHead, width: int, length: int) -> None:
         super().__init__()
         self.head = head
@@ -33,7 +35,8 @@ class LatentForesight(nn.Module):
         per_camera = (self.grid // head.patch) ** 2
         if self.grid % head.patch or per_camera * len(head.cameras) != length:
             raise UserError(
-                f"the foresight stream needs {per_camera * len(head.cameras)} tokens ({len(head.cameras)} cameras, {self.grid}x{self.grid} latents in patches of {head.patch}), its length is {length}"
+                f"the foresight stream needs {per_camera * len(head.cameras)} tokens ({len(head.cameras)} cameras, "
+                f"{self.grid}x{self.grid} latents in patches of {head.patch}), its length is {length}"
             )
         self.queries = nn.Parameter(torch.randn(length, width) * 0.02)
         self.out = nn.Linear(width, self.channels * head.patch**2)
@@ -70,7 +73,7 @@ class LatentForesight(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LatentForesight":
         """Move the autoencoder with the module, which does not own it."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it without types
         self.autoencoder._apply(fn)
         return self
 
