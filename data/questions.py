@@ -131,7 +131,7 @@ def point(asker: Asker) -> Turn | None:
 
 
 def instruct(asker: Asker, target: Thing) -> Turn:
-    """"pick up ..." a given thing, with the slots of its place."""
+    """An order to "pick up ..." a given thing, with the slots of its place."""
     return Turn("point", f"pick up {asker.describe(target)}", asker.slots(target, None, False))
 
 

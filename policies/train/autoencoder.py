@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...config import Strict
 from ...data.readers.scenes import open_scenes
@@ -56,7 +56,7 @@ class AutoencoderTask:
         self.recipe = recipe
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.train.seed)
-            self.module: Any = build_autoencoder(recipe)
+            self.module = build_autoencoder(recipe)
         images = open_scenes(recipe.data, recipe.limit).images
         self.images = images.reshape(-1, *images.shape[2:])
 
@@ -94,12 +94,12 @@ class AutoencoderTask:
         module.save_pretrained(folder)
 
 
-def build_autoencoder(recipe: Recipe) -> nn.Module:
+def build_autoencoder(recipe: Recipe) -> Any:
     """A freshly initialised ``AutoencoderTiny``."""
     from diffusers import AutoencoderTiny
 
     levels = len(recipe.blocks)
-    module: nn.Module = AutoencoderTiny(
+    module = AutoencoderTiny(
         encoder_block_out_channels=(recipe.width,) * levels,
         decoder_block_out_channels=(recipe.width,) * levels,
         num_encoder_blocks=recipe.blocks,
