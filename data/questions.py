@@ -37,12 +37,15 @@ class Turn:
         text: what is asked, without slots.
         slots: slot tokens that follow the text, each with its answer in [0, 1), or ``None`` for "not in that image".
         answer: words of the answer where there are no slots.
+        marks: phrases of the text, each with the place in image 1 of the thing that it is about; the mark of ``?`` is what
+            the answer is about. Training may use them, nothing else does.
     """
 
     kind: str
     text: str
     slots: tuple[tuple[str, float | None], ...] = ()
     answer: str = ""
+    marks: tuple[tuple[str, tuple[float, float]], ...] = ()
 
 
 class Asker:
@@ -90,6 +93,11 @@ class Asker:
         asked = (*TARGET_SLOTS, *DESTINATION_SLOTS) if both else TARGET_SLOTS
         return tuple(zip(asked, _coordinates(target) + _coordinates(destination), strict=False))
 
+    def marks(self, *about: tuple[str, Thing | None]) -> tuple[tuple[str, tuple[float, float]], ...]:
+        """Marks for phrases about things, of those that image 1 shows."""
+        seen = [(phrase, thing["image"][CAMERAS[0]]) for phrase, thing in about if thing is not None]
+        return tuple((phrase, (xy[0], xy[1])) for phrase, xy in seen if xy is not None)
+
     def relations(self, subject: Thing, anchor: Thing) -> list[str]:
         """What holds of two things in image 1: ``left of``, ``right of``, ``in front of``, ``behind``."""
         (x, y), (ax, ay) = subject["image"][CAMERAS[0]], anchor["image"][CAMERAS[0]]
@@ -119,15 +127,18 @@ def point(asker: Asker) -> Turn | None:
     draw = asker.generator.random()
     if draw < 0.25 and others:
         destination = asker.pick(others)
-        text = str(asker.pick(STACK[:2] * 3 + STACK)).format(asker.describe(target), asker.describe(destination))
-        return Turn("point", text, asker.slots(target, destination, True))
+        first, second = asker.describe(target), asker.describe(destination)
+        text = str(asker.pick(STACK[:2] * 3 + STACK)).format(first, second)
+        return Turn("point", text, asker.slots(target, destination, True), marks=asker.marks((first, target), (second, destination)))
     both = bool(asker.generator.random() < 0.5)
     if draw < 0.30:
         return Turn("point", "point to the gripper", asker.slots(asker.annotation["gripper"], None, both))
     if draw < 0.34:
         absent = _absent(asker)
         return Turn("point", f"{asker.pick(LIFT)} {absent}", asker.slots(None, None, both))
-    return Turn("point", f"{asker.pick(LIFT[:3] * 3 + LIFT)} {asker.describe(target)}", asker.slots(target, None, both))
+    phrase = asker.describe(target)
+    text = f"{asker.pick(LIFT[:3] * 3 + LIFT)} {phrase}"
+    return Turn("point", text, asker.slots(target, None, both), marks=asker.marks((phrase, target)))
 
 
 def instruct(asker: Asker, target: Thing) -> Turn:
@@ -141,17 +152,21 @@ def colour(asker: Asker) -> Turn | None:
         return None
     thing = asker.pick(asker.seen)
     word = asker.pick(("color", "colour"))
-    options = []
+    options: list[tuple[str, tuple[tuple[str, Thing | None], ...]]] = []
     if [other["shape"] for other in asker.things].count(thing["shape"]) == 1:
-        options += [f"what {word} is the {thing['shape']} ?"] * 2
+        options += [(f"what {word} is the {thing['shape']} ?", ((f"the {thing['shape']}", thing),))] * 2
     if len(asker.seen) == len(asker.things):
         for anchor in asker.seen:
             if anchor is not thing:
                 clear = [r for r in asker.relations(thing, anchor) if _only(asker, thing, anchor, r)]
-                options += [f"what {word} is the object {r} {asker.describe(anchor)} ?" for r in clear]
+                phrase = asker.describe(anchor)
+                options += [(f"what {word} is the object {r} {phrase} ?", ((phrase, anchor),)) for r in clear]
     if _apart(asker, thing):
-        options.append(f"what {word} is the object at {locate(thing['image'][CAMERAS[0]])} ?")
-    return Turn("colour", asker.pick(options), answer=thing["colour"]) if options else None
+        options.append((f"what {word} is the object at {locate(thing['image'][CAMERAS[0]])} ?", ()))
+    if not options:
+        return None
+    text, about = asker.pick(options)
+    return Turn("colour", text, answer=thing["colour"], marks=asker.marks(*about, ("?", thing)))
 
 
 def relation(asker: Asker) -> Turn | None:
@@ -165,14 +180,18 @@ def relation(asker: Asker) -> Turn | None:
         if not asker.decided(subject, anchor, word):
             return None
         said = "yes" if word in asker.relations(subject, anchor) else "no"
-        return Turn("relation", f"is {asker.describe(subject)} {word} {asker.describe(anchor)} ?", answer=said)
+        first, second = asker.describe(subject), asker.describe(anchor)
+        marks = asker.marks((first, subject), (second, anchor))
+        return Turn("relation", f"is {first} {word} {second} ?", answer=said, marks=marks)
     if len(asker.seen) != len(asker.things) or not all(asker.decided(other, anchor, word) for other in asker.seen if other is not anchor):
         return None
     found = [other for other in asker.seen if other is not anchor and word in asker.relations(other, anchor)]
     if len(found) > 1:
         return None
     said = f"the {found[0]['colour']} {found[0]['shape']}" if found else "nothing"
-    return Turn("relation", f"what is {word} {asker.describe(anchor)} ?", answer=said)
+    phrase = asker.describe(anchor)
+    marks = asker.marks((phrase, anchor), ("?", found[0] if found else None))
+    return Turn("relation", f"what is {word} {phrase} ?", answer=said, marks=marks)
 
 
 def shape(asker: Asker) -> Turn | None:
@@ -181,7 +200,9 @@ def shape(asker: Asker) -> Turn | None:
     if not found:
         return None
     thing = asker.pick(found)
-    return Turn("shape", f"what shape is the {thing['colour']} object ?", answer=thing["shape"])
+    phrase = f"the {thing['colour']} object"
+    marks = asker.marks((phrase, thing), ("?", thing))
+    return Turn("shape", f"what shape is {phrase} ?", answer=thing["shape"], marks=marks)
 
 
 def count(asker: Asker) -> Turn | None:
@@ -200,18 +221,23 @@ def exist(asker: Asker) -> Turn | None:
     if asker.generator.random() < 0.5 or not asker.seen:
         return Turn("exist", f"is there {_absent(asker).replace('the', 'a', 1)} ?", answer="no")
     thing = asker.pick(asker.seen)
-    return Turn("exist", f"is there a {thing['colour']} {thing['shape']} ?", answer="yes")
+    phrase = f"a {thing['colour']} {thing['shape']}"
+    return Turn("exist", f"is there {phrase} ?", answer="yes", marks=asker.marks((phrase, thing), ("?", thing)))
 
 
 def holding(asker: Asker) -> Turn | None:
     """What the gripper holds, or what lies on a thing."""
     held = [thing for thing in asker.things if thing["state"] == "held"]
     if asker.generator.random() < 0.5 or not asker.seen:
-        return Turn("holding", "what is the gripper holding ?", answer=f"the {held[0]['colour']} {held[0]['shape']}" if held else "nothing")
+        said = f"the {held[0]['colour']} {held[0]['shape']}" if held else "nothing"
+        marks = asker.marks(("the gripper", asker.annotation["gripper"]), ("?", held[0] if held else None))
+        return Turn("holding", "what is the gripper holding ?", answer=said, marks=marks)
     below = asker.pick(asker.seen)
     above = [thing for thing in asker.things if thing["on"] == below["name"]]
     said = f"the {above[0]['colour']} {above[0]['shape']}" if above else "nothing"
-    return Turn("holding", f"what is on {asker.describe(below)} ?", answer=said)
+    phrase = asker.describe(below)
+    marks = asker.marks((phrase, below), ("?", above[0] if above else None))
+    return Turn("holding", f"what is on {phrase} ?", answer=said, marks=marks)
 
 
 def caption(asker: Asker) -> Turn | None:
@@ -232,15 +258,19 @@ MAKERS: dict[str, Maker] = {
 }  # fmt: skip
 
 
+QUESTIONS = (0.28, 0.40, 0.06, 0.05, 0.07, 0.08, 0.06)
+"""How often each kind of question is tried first, in the order of ``MAKERS`` after ``point``."""
+
+
 def turns(annotation: dict[str, Any], generator: np.random.Generator, number: int) -> list[Turn]:
-    """``number`` turns about a scene: more than half of them point, the others ask."""
+    """``number`` turns about a scene: half of them point, the others ask."""
     asker = Asker(annotation, generator)
     drawn = []
     for _ in range(number):
-        if generator.random() < 0.55:
+        if generator.random() < 0.5:
             drawn.append(asker.ask(("point",)))
         else:
-            kinds = generator.choice(list(MAKERS)[1:], 3, replace=False, p=(0.28, 0.34, 0.08, 0.06, 0.08, 0.08, 0.08))
+            kinds = generator.choice(list(MAKERS)[1:], 3, replace=False, p=QUESTIONS)
             drawn.append(asker.ask(tuple(map(str, kinds))))
     return drawn
 

@@ -113,7 +113,7 @@ def build_processor(config: VlmConfig) -> "SmolVLMProcessor":
 
     size = {"longest_edge": config.image_size}
     images = SmolVLMImageProcessor(
-        size=size, max_image_size=size, do_image_splitting=False, do_resize=True, do_pad=True, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size=size, max_image_size=size, do_image_splitting=False, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     videos = SmolVLMVideoProcessor(size=size, max_image_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return SmolVLMProcessor(images, build_tokenizer(), videos, image_seq_len=config.image_tokens, chat_template=CHAT_TEMPLATE)
