@@ -17,7 +17,13 @@ def attend(
     if groups > 1:  # expanding keys keeps the fast SDPA paths, which enable_gqa with a mask leaves
         k = k.repeat_interleave(groups, dim=1)
         v = v.repeat_interleave(groups, dim=1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if q.device.type == "cpu" and q.shape[2] < 256:  # few rows: the products beat the fused kernel, most of all its backward
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        out = torch.matmul(torch.softmax(scores, dim=-1), v)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from ...config import Strict
@@ -41,7 +41,7 @@ class Recipe(Strict):
     limit: PositiveInt = 6000
     crop: PositiveInt = 48
     width: PositiveInt = 32
-    blocks: tuple[PositiveInt, ...] = (1, 1, 2, 2)
+    blocks: tuple[NonNegativeInt, ...] = (0, 1, 2, 2)
     latent_channels: PositiveInt = 4
     edge_weight: NonNegativeFloat = 1.0
     colour_weight: NonNegativeFloat = 3.0

@@ -4,12 +4,15 @@ Streams of frozen experts are a pure function of the frame and its words, so the
 kept (``cache``); training then runs only what learns.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from ...config import Strict, dump, find, load_tree, merge, parse
@@ -59,6 +62,7 @@ class Recipe(Strict):
         action_key: dataset column that is learned: ``action`` (as executed) or ``action.expert`` (the expert's noise-free label).
         executed: control steps that are executed of each chunk; the foresight looks this far by the spec's horizon.
         prompt: template of the words; ``{instruction}`` is filled in.
+        stride: frames between the starts of training chunks; 2 halves what has to be encoded.
         state_noise: standard deviation added to the normalised state, so that the policy looks rather than counts.
     """
 
@@ -71,6 +75,7 @@ class Recipe(Strict):
     prompt: str = "{instruction}"
     normalise_state: Kind = "mean_std"
     normalise_action: Kind = "quantile"
+    stride: PositiveInt = 1
     state_noise: NonNegativeFloat = 0.0
     augment: Augment | None = Augment()
     cache: PrefixCache = PrefixCache()
@@ -99,11 +104,19 @@ class PolicyTask:
         self.action = Normaliser(self.statistics["action"], recipe.normalise_action)
         horizon = max([h.horizon for h in self.spec.heads.values() if isinstance(h, LatentHead)], default=0)
         self.sampler = ChunkSampler(
-            self.dataset, self.chunk, recipe.train.batch_size, recipe.train.seed, action_key=recipe.action_key, foresight=horizon
+            self.dataset,
+            self.chunk,
+            recipe.train.batch_size,
+            recipe.train.seed,
+            action_key=recipe.action_key,
+            foresight=horizon,
+            stride=recipe.stride,
         )
         self.images = np.stack([self.dataset.load_images(c) for c in self.spec.cameras], axis=1)  # (frames, V, H, W, 3)
         self.prompts = self._encode_prompts()
-        self.future = self._encode_future()
+        self.future = Kept(len(self.images), np.unique(self.sampler.gather(self.sampler.frames)["future"]))
+        self.present = Kept(len(self.images), self.sampler.frames)
+        self.targets = self._encode_future()
         self.prefix = self._encode_prefixes()
 
     @property
@@ -123,12 +136,14 @@ class PolicyTask:
             "state": torch.from_numpy(state.astype(np.float32)),
             "actions": torch.from_numpy(self.action.normalise(drawn["action"]).astype(np.float32)),
             "mask": torch.from_numpy(drawn["mask"]),
-            "future": self.future[drawn["future"]],
+            "future": torch.from_numpy(self.targets.numpy()[self.future.rows(drawn["future"])]),
             "present": present[frames],
         }
         if self.prefix is not None:
             variant = rng.integers(0, self.prefix.shape[0], len(frames))
-            batch["prefix"] = self.prefix[torch.from_numpy(variant), torch.from_numpy(frames)]
+            # in numpy: torch would gather with threads of its own, beside those that compute the step before
+            kept = self.prefix.view(torch.int16).numpy()[variant, self.present.rows(frames)]
+            batch["prefix"] = torch.from_numpy(kept).view(torch.bfloat16)
         else:
             views = self.images[frames] if self.recipe.augment is None else augment(self.images[frames], self.recipe.augment, rng)
             batch |= {"images": torch.from_numpy(views).permute(0, 1, 4, 2, 3), "ids": ids[frames]}
@@ -173,38 +188,52 @@ class PolicyTask:
 
     @torch.no_grad()
     def _encode_future(self) -> Tensor:
-        """Latent patches of every frame, (frames, T, P): the foresight targets."""
+        """Latent patches of the frames in ``self.future``, (frames, T, P): the foresight targets."""
         module = next((m for m in self.module.foresight.values() if isinstance(m, LatentForesight)), None)
         if module is None:
-            return torch.zeros(len(self.images), 0, 0)
+            return torch.zeros(len(self.future.frames), 0, 0)
         views = [self.spec.cameras.index(c) for c in module.head.cameras]
-        parts = [module.encode(self._pixels(part[:, views])).cpu() for part in _parts(self.images)]
+        parts = []
+        for _, frames in parts_of(self.future.frames, "foresight targets"):
+            with self._autocast():
+                parts.append(module.encode(self._pixels(self.images[frames][:, views])).float().cpu())
         return torch.cat(parts)
 
     @torch.no_grad()
     def _encode_prefixes(self) -> Tensor | None:
-        """Keys and values of the frozen prompt stream, (variants, frames, L, 2, G, T, H) in bf16, or None if they must not be kept."""
+        """Keys and values of the frozen prompt stream at the frames in ``self.present``, (variants, frames, L, 2, G, T, H) in bf16;
+        None if they must not be kept."""
         stream, space = self._prompt_stream, self.spec.space
         expert, recipe = self.spec.streams[stream].expert, self.recipe
         variants = 1 + (recipe.cache.variants if recipe.augment else 0)
-        shape = (variants, len(self.images), self.module.mot.depth, 2, space.kv_heads, self.spec.streams[stream].length, space.head_dim)
+        shape = (
+            variants,
+            len(self.present.frames),
+            self.module.mot.depth,
+            2,
+            space.kv_heads,
+            self.spec.streams[stream].length,
+            space.head_dim,
+        )
         if not self.spec.experts[expert].frozen or 2 * np.prod(shape, dtype=np.float64) > recipe.cache.limit_gb * 1e9:
             return None
         kept = torch.empty(shape, dtype=torch.bfloat16)
         ids, present = self.prompts
-        precision = resolve_precision(recipe.train.precision, self.device)
         self.module.eval()
         for variant in range(variants):
             rng = np.random.default_rng(np.random.SeedSequence([recipe.train.seed, variant, 2]))
-            for start in range(0, len(self.images), 64):
-                rows = slice(start, start + 64)
-                views = self.images[rows] if variant == 0 or recipe.augment is None else augment(self.images[rows], recipe.augment, rng)
-                inputs = Inputs(self._pixels(views), ids[rows].to(self.device), present[rows].to(self.device))
-                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+            for rows, frames in parts_of(self.present.frames, "frozen prefixes"):
+                views = self.images[frames] if variant == 0 or recipe.augment is None else augment(self.images[frames], recipe.augment, rng)
+                inputs = Inputs(self._pixels(views), ids[frames].to(self.device), present[frames].to(self.device))
+                with self._autocast():
                     _, kv = self.module.mot(self.module.embed([stream], inputs), {}, keep=[stream])
                 pairs = [torch.stack([k, v], dim=1) for k, v in zip(kv[stream].keys, kv[stream].values, strict=True)]
                 kept[variant, rows] = torch.stack(pairs, dim=1).to(torch.bfloat16).cpu()
         return kept
+
+    def _autocast(self) -> torch.autocast:
+        precision = resolve_precision(self.recipe.train.precision, self.device)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
 
     def _pixels(self, views: np.ndarray) -> Tensor:
         return torch.from_numpy(views).permute(0, 1, 4, 2, 3).to(self.device)
@@ -220,6 +249,26 @@ class PolicyTask:
             state = self.dataset.vectors["observation.state"][frame]
             out.append(Observation(images, state, episode.task, (int(frame) - episode.start) / self.dataset.fps))
         return out
+
+
+class Kept:
+    """Which frames of a dataset something was computed for, and in which row it stands."""
+
+    def __init__(self, total: int, frames: np.ndarray) -> None:
+        self.frames = frames
+        self._row = np.full(total, -1, np.int64)
+        self._row[frames] = np.arange(len(frames))
+
+    def rows(self, frames: np.ndarray) -> np.ndarray:
+        """Rows of ``frames``, all of which must be kept."""
+        return self._row[frames]
+
+
+def parts_of(frames: np.ndarray, what: str, size: int = 64) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows and frames in parts of ``size``, with a progress bar on standard error."""
+    starts = range(0, len(frames), size)
+    for start in track(starts, f"encoding {what}", console=Console(stderr=True), transient=True):
+        yield slice(start, start + size), frames[start : start + size]
 
 
 def build(recipe: Recipe, out: Path) -> PolicyTask:
@@ -282,7 +331,3 @@ def augment(images: np.ndarray, strength: Augment, rng: np.random.Generator) -> 
     x = (x - x.mean((2, 3, 4), keepdims=True)) * contrast + x.mean((2, 3, 4), keepdims=True)
     grey = x.mean(-1, keepdims=True)
     return ((x - grey) * saturation + grey).round().clip(0, 255).astype(np.uint8)
-
-
-def _parts(images: np.ndarray, size: int = 64) -> list[np.ndarray]:
-    return [images[i : i + size] for i in range(0, len(images), size)]

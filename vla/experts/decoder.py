@@ -13,25 +13,40 @@ from ..spec import DecoderExpert, Space
 from .base import QKV, Expert
 
 
-class Norm(nn.Module):
-    """RMS norm; ``adaptive`` ones take scale, shift and residual gate from the time condition (pi0.5's adaRMS)."""
+class RMSNorm(nn.Module):
+    """RMS norm over the last dimension, in the type of its input."""
 
-    def __init__(self, width: int, adaptive: bool) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.modulation = nn.Linear(width, 3 * width) if adaptive else None
-        if self.modulation is not None:
-            nn.init.normal_(self.modulation.weight, std=0.02)
-            nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Float[Tensor, "B T D"], condition: Float[Tensor, "B T D"] | None) -> tuple[Tensor, Tensor | None]:
-        """The normed tokens, and the gate of the residual that follows (None: ungated)."""
-        normed = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
-        if self.modulation is None:
-            return normed, None
-        assert condition is not None, "an adaptive norm needs a time condition"
-        scale, shift, gate = self.modulation(condition).chunk(3, dim=-1)
-        return normed * (1 + scale) + shift, 1 + gate
+    def forward(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
+
+
+class Norm(RMSNorm):
+    """A layer's norm; ``adaptive`` ones take scale, shift and residual gate from the time condition (pi0.5's adaRMS)."""
+
+    def __init__(self, width: int, adaptive: bool, residual: bool = True) -> None:
+        super().__init__(width)
+        self.modulation = nn.Linear(width, 2 * width) if adaptive else None
+        self.gating = nn.Linear(width, width) if adaptive and residual else None
+        for linear in (self.modulation, self.gating):
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=0.02)
+                nn.init.zeros_(linear.bias)
+
+    def modulated(self, x: Float[Tensor, "B T D"], condition: Float[Tensor, "B T D"] | None) -> Float[Tensor, "B T D"]:
+        """The normed tokens."""
+        normed = self(x)
+        if self.modulation is None or condition is None:
+            return normed
+        scale, shift = self.modulation(condition).chunk(2, dim=-1)
+        return normed * (1 + scale) + shift
+
+    def gated(self, x: Float[Tensor, "B T D"], condition: Float[Tensor, "B T D"] | None) -> Float[Tensor, "B T D"]:
+        """What the layer adds to its residual."""
+        return x if self.gating is None or condition is None else x * (1 + self.gating(condition))
 
 
 class DecoderLayer(nn.Module):
@@ -45,11 +60,11 @@ class DecoderLayer(nn.Module):
         self.k = nn.Linear(width, space.kv_heads * space.head_dim, bias=False)
         self.v = nn.Linear(width, space.kv_heads * space.head_dim, bias=False)
         self.o = nn.Linear(space.heads * space.head_dim, width, bias=False)
-        self.q_norm = nn.RMSNorm(space.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(space.head_dim) if config.qk_norm else nn.Identity()
         self.ffn_norm = Norm(width, adaptive)
         self.gate_up = nn.Linear(width, 2 * config.ffn, bias=False)
         self.down = nn.Linear(config.ffn, width, bias=False)
-        self.k_norm = nn.RMSNorm(space.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(space.head_dim) if config.qk_norm else nn.Identity()
 
 
 class Decoder(Expert):
@@ -59,11 +74,11 @@ class Decoder(Expert):
         super().__init__()
         self.width, self.depth, self.space = config.width, config.depth, space
         self.layers = nn.ModuleList(DecoderLayer(config, space) for _ in range(config.depth))
-        self.final_norm = Norm(config.width, config.time == "adaptive_norm")
+        self.final_norm = Norm(config.width, config.time == "adaptive_norm", residual=False)
         self.time = TimeEmbedding(config.width) if config.time == "adaptive_norm" else None
         residual_std = 0.02 / (2 * config.depth) ** 0.5
         for name, weight in self.layers.named_parameters():
-            if weight.ndim == 2 and "modulation" not in name:
+            if weight.ndim == 2 and "norm" not in name:
                 nn.init.normal_(weight, std=residual_std if name.endswith(("o.weight", "down.weight")) else config.width**-0.5)
 
     def condition(self, time: Float[Tensor, "B T"] | None) -> Float[Tensor, "B T D"] | None:
@@ -74,28 +89,21 @@ class Decoder(Expert):
 
     def project(self, layer: int, x: Float[Tensor, "B T D"], phase: tuple[Tensor, Tensor], condition: Tensor | None) -> QKV:
         part = self._layer(layer)
-        normed, _ = part.attention_norm(x, condition)
+        normed = part.attention_norm.modulated(x, condition)
         q, k, v = (self._heads(linear(normed)) for linear in (part.q, part.k, part.v))
         return rotate(part.q_norm(q), phase), rotate(part.k_norm(k), phase), v
 
     def finish(self, layer: int, x: Float[Tensor, "B T D"], attended: Float[Tensor, "B T NH"], condition: Tensor | None) -> Tensor:
         part = self._layer(layer)
-        _, gate = part.attention_norm(x, condition) if condition is not None else (x, None)
-        x = x + _gated(part.o(attended), gate)
-        normed, gate = part.ffn_norm(x, condition)
-        left, right = part.gate_up(normed).chunk(2, dim=-1)
-        return x + _gated(part.down(F.silu(left) * right), gate)
+        x = x + part.attention_norm.gated(part.o(attended), condition)
+        left, right = part.gate_up(part.ffn_norm.modulated(x, condition)).chunk(2, dim=-1)
+        return x + part.ffn_norm.gated(part.down(F.silu(left) * right), condition)
 
     def final(self, x: Float[Tensor, "B T D"], condition: Tensor | None) -> Float[Tensor, "B T D"]:
-        normed, _ = self.final_norm(x, condition)
-        return normed
+        return self.final_norm.modulated(x, condition)
 
     def _layer(self, index: int) -> DecoderLayer:
         return cast(DecoderLayer, self.layers[index])
 
     def _heads(self, x: Float[Tensor, "B T XH"]) -> Float[Tensor, "B X T H"]:
         return x.unflatten(-1, (-1, self.space.head_dim)).transpose(1, 2)
-
-
-def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
-    return x if gate is None else x * gate

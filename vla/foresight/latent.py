@@ -51,7 +51,7 @@ class LatentForesight(nn.Module):
     def encode(self, images: UInt8[Tensor, "B V 3 Y X"]) -> Float[Tensor, "B T P"]:
         """Target patches of the cameras' frames, normalised per latent channel."""
         size = self.head.patch
-        pixels = images.flatten(0, 1).float() / 127.5 - 1.0
+        pixels = (images.flatten(0, 1).float() / 127.5 - 1.0).to(memory_format=torch.channels_last)
         latents = (self.autoencoder.encode(pixels).latents - self._of(self.mean, pixels)) / self._of(self.std, pixels)
         patches = latents.unfold(2, size, size).unfold(3, size, size)  # (B*V, K, h, w, p, p)
         patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
@@ -91,7 +91,7 @@ def _load(reference: str) -> Any:
         raise UserError(f"{folder} holds no diffusers autoencoder (no config.json); train one with `vla train autoencoder`")
     logging.set_verbosity_error()  # it warns of config keys that it wrote itself
     autoencoder = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32)
-    return autoencoder.eval().requires_grad_(False)
+    return autoencoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def _scales(autoencoder: Any) -> tuple[Tensor, Tensor]:
