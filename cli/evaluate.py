@@ -44,7 +44,10 @@ def judge(
             overrides=overrides,
             on_episode=lambda _, done, total: progress(done, total),
         )
-    write_report(out, graph_svg=None if policy == EXPERT else _graph(policy))
+    if policy == EXPERT:
+        write_report(out)
+    else:
+        write_report(out, graph_svg=_graph(policy), provenance=_training_of_weights(policy))
     return results
 
 
@@ -62,3 +65,18 @@ def _graph(policy: str) -> str:
     from ..vla.show import draw
 
     return draw(load_spec(str(find_checkpoint(policy) / "spec.yaml")))
+
+
+def _training_of_weights(policy: str) -> dict[str, str]:
+    """How long the frozen weights of a policy were trained themselves, as far as their folders say (``training.json``)."""
+    from json import loads
+
+    from ..policies import read_checkpoint
+
+    checkpoint, rows = read_checkpoint(policy), {}
+    for name, reference in checkpoint.info.weights.items():
+        card = checkpoint.reference(name) / "training.json"
+        if card.is_file():
+            said = loads(card.read_text())
+            rows[f"training of {name} ({reference.ref})"] = f"{said['minutes']} minutes on {said['hardware']}; {said['recipe']}"
+    return rows

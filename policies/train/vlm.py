@@ -151,7 +151,7 @@ class Packer:
         where (N,), word (N,) (-1 for a coordinate), slot (N,), value (N,) in [0, 1); and what should attend to what:
         looks (M, 4) of row, position, position of the image token, and 1 where that is for the last layer."""
         base = len(self.prefix)
-        rows = []
+        rows: list[tuple[list[int], list[int], list[int], list[tuple[int, int, float]]]] = []
         looks: list[tuple[int, int, int, int]] = []
         for scene in scenes:
             ids, turn, positions, labels = list(self.prefix), [0] * base, list(range(base)), []
