@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,7 +85,7 @@ def evaluate(
     keys = [job.key for jobs in batches.values() for job in jobs]
     cinema = Cinema(out, spec.videos.first, spec.videos.failures)
     fresh = 0
-    with WorldPool(workers) as pool:
+    with one_thread(), WorldPool(workers) as pool:
         for cuts, jobs in batches.items():
             left = [job for job in jobs if job.key not in ledger.rows]
             if cuts and left and checkpoint is not None:
@@ -116,6 +117,22 @@ def evaluate(
     }
     write_atomic(path, json.dumps(results, indent=1))
     return results
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes in one thread: sums, and so outcomes, do not depend on the machine's cores, and the worlds need the others.
+
+    Two threads beside two worlds on two cores waited for each other: 0.4 to 0.9 s for four plans instead of 0.27 s.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def summarise(spec: Suite, controls: dict[str, Control], facts: dict[str, Facts], rows: list[Row]) -> dict[str, Any]:

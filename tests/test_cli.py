@@ -244,7 +244,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(vla: Run, tmp_path: Path, mis
 def test_show_prints_a_spec(vla: Run) -> None:
     code, out, _ = vla("model", "show", "triune_tiny")
     assert code == 0
-    assert all(name in out for name in ("vlm", "foresight", "action"))
+    assert all(name in out for name in ("obs", "future", "state", "action"))
 
 
 def test_check_prints_json(vla: Run, monkeypatch: pytest.MonkeyPatch) -> None:
