@@ -16,10 +16,15 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="First seed; evaluation seeds begin at 1,000,000.")] = 1_000_000,
     out: Annotated[Path, typer.Option(help="Folder of results.json, episodes.jsonl, videos and report.html.")] = Path("runs/eval"),
     workers: Annotated[int, typer.Option(min=1, help="Processes that simulate; the outcome does not depend on it.")] = 2,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL=DIR", help="A finished evaluation of the same suite and seeds, compared pair by pair in the report."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Evaluate a policy in closed loop: rates with intervals, videos, one HTML report."""
-    results = judge(suite, policy, out, episodes=episodes, seed=seed, workers=workers, overrides=overrides)
+    others = dict(_labelled(item) for item in beside or [])
+    results = judge(suite, policy, out, episodes=episodes, seed=seed, workers=workers, overrides=overrides, beside=others)
     if json:
         print_json(results)
     else:
@@ -27,7 +32,15 @@ def evaluate(
 
 
 def judge(
-    suite: str, policy: str, out: Path, *, episodes: int | None, seed: int, workers: int, overrides: list[str] | None
+    suite: str,
+    policy: str,
+    out: Path,
+    *,
+    episodes: int | None,
+    seed: int,
+    workers: int,
+    overrides: list[str] | None,
+    beside: dict[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Evaluate with a progress bar, write the report into ``out``, and return the results."""
     from ..eval import EXPERT, write_report
@@ -45,9 +58,9 @@ def judge(
             on_episode=lambda _, done, total: progress(done, total),
         )
     if policy == EXPERT:
-        write_report(out)
+        write_report(out, beside=beside)
     else:
-        write_report(out, graph_svg=_graph(policy), provenance=_training_of_weights(policy))
+        write_report(out, graph_svg=_graph(policy), provenance=_training_of_weights(policy), beside=beside)
     return results
 
 
@@ -57,6 +70,15 @@ def print_results(results: dict[str, Any], out: Path) -> None:
 
     print_renderable(rates_table(results))
     print(f"report: {out / 'report.html'}")
+
+
+def _labelled(item: str) -> tuple[str, Path]:
+    from ..errors import UserError
+
+    label, separator, folder = item.partition("=")
+    if not separator or not label or not folder:
+        raise UserError(f"--beside {item} is not LABEL=DIR; write, for example, --beside 'random VLM=runs/random/eval'")
+    return label, Path(folder)
 
 
 def _graph(policy: str) -> str:

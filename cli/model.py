@@ -1,4 +1,4 @@
-"""``vla model``: look at specs, prove them, score a VLM."""
+"""``vla model``: look at specs, prove them, score pretrained parts."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from .output import print_json, print_renderable, print_table
 
-app = typer.Typer(name="model", no_args_is_help=True, help="Look at model specs, prove them, score a VLM.")
+app = typer.Typer(name="model", no_args_is_help=True, help="Look at model specs, prove them, score pretrained parts.")
 
 
 @app.command()
@@ -50,15 +50,18 @@ def check(
 
 @app.command()
 def score(
-    folder: Annotated[Path, typer.Argument(help="A transformers folder of model and processor, such as vla/assets/embedded_vlm/v1.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a VLM (transformers) or an autoencoder (diffusers), such as vla/assets/embedded_vlm/v1.")
+    ],
     scenes: Annotated[Path, typer.Option(help="Recorded scenes (vla data record scenes:...) of seeds that it was not trained on.")],
     limit: Annotated[int, typer.Option(min=1, help="Scenes of each kind.")] = 300,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Score a VLM on scenes: where it points, what it answers, and what it answers without the images."""
-    from ..eval.grounding import score_command
+    """Score a VLM on scenes: where it points, what it answers, what it answers without the images. Or an autoencoder: what it keeps."""
+    from ..eval import grounding, reconstruction
 
-    result = score_command(str(folder), str(scenes), limit)
+    rows = (reconstruction if reconstruction.is_autoencoder(folder) else grounding).score(folder, scenes, limit)
+    result = {"model": str(folder), "scenes": str(scenes), "rows": rows}
     if json:
         print_json(result)
         return

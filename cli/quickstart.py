@@ -24,6 +24,7 @@ def quickstart(
     class Record(Strict):
         worlds: dict[str, int]
         noise: float = 0.0
+        pushes: float = 0.0
 
     class Train(Strict):
         recipe: str
@@ -31,7 +32,7 @@ def quickstart(
 
     class Evaluate(Strict):
         suite: str
-        episodes: int
+        episodes: int | None = None
         seed: int = 1_000_000
         overrides: list[str] = []
 
@@ -83,11 +84,11 @@ class Stages:
         temporary.replace(self.path)
 
 
-def _record(out: Path, worlds: dict[str, int], noise: float, workers: int) -> None:
+def _record(out: Path, worlds: dict[str, int], noise: float, pushes: float, workers: int) -> None:
     from ..envs.record import record_all
 
     with progress_bar("demonstrations") as progress:
-        record_all(worlds, out / "data", noise=noise, workers=workers, progress=progress)
+        record_all(worlds, out / "data", noise=noise, pushes=pushes, workers=workers, progress=progress)
 
 
 def _train(out: Path, recipe: str, overrides: list[str]) -> None:
@@ -97,6 +98,6 @@ def _train(out: Path, recipe: str, overrides: list[str]) -> None:
     run(recipe, [*overrides, f"data={json.dumps(str(out / 'data'))}"], folder, resume=(folder / "recipe.yaml").is_file())
 
 
-def _evaluate(out: Path, suite: str, episodes: int, seed: int, overrides: list[str], workers: int) -> None:
+def _evaluate(out: Path, suite: str, episodes: int | None, seed: int, overrides: list[str], workers: int) -> None:
     policy = str(out / "train" / "checkpoints" / "last")
     judge(suite, policy, out / "eval", episodes=episodes, seed=seed, workers=workers, overrides=overrides)

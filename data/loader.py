@@ -50,6 +50,9 @@ class ChunkSampler:
         episodes: episode indices; default: all.
         stride: frames between the starts of samples; 1 uses every frame.
 
+    Steps that the dataset marks as ``disturbed`` are not learned: no sample begins where one comes before ``foresight``,
+    and chunks end where one comes.
+
     Raises:
         UserError: the dataset has no such actions, or no frame is left.
     """
@@ -73,6 +76,9 @@ class ChunkSampler:
         self.seed = seed
         self.foresight = foresight
         self.frames = np.concatenate([np.arange(e.start, e.start + e.length, stride) for e in chosen] or [np.zeros(0, np.int64)])
+        self._disturbed = _next(dataset.vectors["disturbed"][:, 0] > 0) if "disturbed" in dataset.vectors else None
+        if self._disturbed is not None:
+            self.frames = self.frames[self._disturbed[self.frames] >= self.frames + max(1, foresight)]
         if not len(self.frames):
             raise UserError(f"{dataset.path}: no frames to sample from; choose at least one episode")
         self._end = np.repeat([e.frames.stop - 1 for e in dataset.episodes], [e.length for e in dataset.episodes])
@@ -100,7 +106,7 @@ class ChunkSampler:
 
         Returns:
             ``index`` int64 (B,); ``state`` float32 (B, S); ``action`` float32 (B, C, A), the last action of the episode
-            repeated beyond its end; ``mask`` bool (B, C), False there; ``future`` int64 (B,), the frame ``foresight``
+            repeated beyond its end; ``mask`` bool (B, C), False there and from a disturbance on; ``future`` int64 (B,), the frame ``foresight``
             steps on, or the last of the episode.
         """
         return self.gather(self.indices(step))
@@ -110,6 +116,8 @@ class ChunkSampler:
         end = self._end[index]
         steps = index[:, None] + self._steps
         mask = steps <= end[:, None]
+        if self._disturbed is not None:
+            mask &= steps < self._disturbed[index][:, None]
         return {
             "index": index,
             "state": self._state[index],
@@ -124,3 +132,9 @@ class ChunkSampler:
                 self._orders.pop(next(iter(self._orders)))
             self._orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.frames)
         return self._orders[epoch]
+
+
+def _next(marked: np.ndarray) -> np.ndarray:
+    """For each place of a bool array (N,) the next one that is marked, itself included; out of reach where there is none."""
+    places = np.where(marked, np.arange(len(marked)), np.iinfo(np.int64).max)
+    return np.minimum.accumulate(places[::-1])[::-1]

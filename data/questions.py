@@ -263,11 +263,12 @@ QUESTIONS = (0.28, 0.40, 0.06, 0.05, 0.07, 0.08, 0.06)
 
 
 def turns(annotation: dict[str, Any], generator: np.random.Generator, number: int) -> list[Turn]:
-    """``number`` turns about a scene: half of them point, the others ask."""
+    """``number`` turns about a scene: half of them point, the others ask. Where no things are annotated, all point: nothing can be
+    asked about what is not known."""
     asker = Asker(annotation, generator)
     drawn = []
     for _ in range(number):
-        if generator.random() < 0.5:
+        if not asker.things or generator.random() < 0.5:
             drawn.append(asker.ask(("point",)))
         else:
             kinds = generator.choice(list(MAKERS)[1:], 3, replace=False, p=QUESTIONS)

@@ -26,11 +26,15 @@ from .base import Expert, World
 Make = Callable[[str, str, int], tuple[World, Expert]]
 """World name, render profile, image size -> a world and its expert."""
 Progress = Callable[[int, int], None]
-_Job = tuple[str, float, str, int, Make | None]
-"""World name, noise, render profile, image size, ``make``."""
+_Job = tuple[str, float, float, str, int, Make | None]
+"""World name, noise, pushes, render profile, image size, ``make``."""
 
 SETTLE = 4
 """Steps recorded after the first success, so that a policy also sees what to do when it is done."""
+PUSH_STEPS = (3, 9)
+"""A push lasts so many steps, the last excluded."""
+PUSH = 0.4
+"""Largest part of an action's range that a push uses; the gripper opens or closes fully."""
 HOPELESS = 20
 """After so many attempts an expert must have succeeded in at least one of five."""
 FACTS = ("cameras", "gripper")
@@ -44,6 +48,7 @@ def record(
     *,
     seed: int = 0,
     noise: float = 0.0,
+    pushes: float = 0.0,
     workers: int = 2,
     keep_failures: bool = False,
     render: str = "fast",
@@ -57,6 +62,7 @@ def record(
         out,
         seed=seed,
         noise=noise,
+        pushes=pushes,
         workers=workers,
         keep_failures=keep_failures,
         render=render,
@@ -72,6 +78,7 @@ def record_all(
     *,
     seed: int = 0,
     noise: float = 0.0,
+    pushes: float = 0.0,
     workers: int = 2,
     keep_failures: bool = False,
     render: str = "fast",
@@ -90,6 +97,9 @@ def record_all(
         seed: of each world's first attempt; later attempts count up.
         noise: standard deviation of Gaussian noise on the executed action, all dimensions but the gripper. ``action``
             is what was executed, ``action.expert`` what the expert wanted.
+        pushes: chance per step that a push begins: a few steps of one random action, after which the expert mends what
+            was done. So demonstrations show misses and how to recover. ``disturbed`` marks these steps, and training
+            neither imitates them nor predicts across them.
         workers: processes that simulate.
         keep_failures: keep episodes without success too.
         render: render profile of the worlds.
@@ -124,7 +134,7 @@ def record_all(
         for name in worlds:
             first = max([seed, *(taken + 1 for taken in have.get(name, []))])
             tried = kept = 0
-            attempts = _in_order(pool, first, 2 * workers, (name, noise, render, size, make))
+            attempts = _in_order(pool, first, 2 * workers, (name, noise, pushes, render, size, make))
             while done[name] < worlds[name]:
                 contract, episode = next(attempts)
                 tried += 1
@@ -150,10 +160,10 @@ def record_all(
     return folder
 
 
-def demonstrate(world: World, expert: Expert, seed: int, noise: float = 0.0) -> Episode:
+def demonstrate(world: World, expert: Expert, seed: int, noise: float = 0.0, pushes: float = 0.0) -> Episode:
     """One episode of an expert in a world, until ``SETTLE`` steps after its first success or the world's time is up.
 
-    Frame t is what a policy sees before action t. Noise is drawn from ``seed`` alone.
+    Frame t is what a policy sees before action t. Noise and pushes are drawn from ``seed`` alone.
     """
     generator = np.random.default_rng((seed, 1))
     low, high = world.action_space.low, world.action_space.high
@@ -162,7 +172,8 @@ def demonstrate(world: World, expert: Expert, seed: int, noise: float = 0.0) -> 
     privileged = world.privileged()
     facts = {name: privileged[name] for name in FACTS}
     images: dict[str, list[np.ndarray]] = {camera: [] for camera in world.contract.camera_names}
-    states, actions, labels = [], [], []
+    states, actions, labels, disturbed = [], [], [], []
+    push, left = np.zeros(len(spread), np.float32), 0
     success: int | None = None
     for step in range(world.max_steps):
         for camera, frames in images.items():
@@ -170,6 +181,11 @@ def demonstrate(world: World, expert: Expert, seed: int, noise: float = 0.0) -> 
         states.append(obs["agent_pos"])
         label = np.clip(np.asarray(expert(world.privileged()), np.float32), low, high)
         action = np.clip(label + spread * generator.standard_normal(len(label)), low, high).astype(np.float32)
+        if pushes and not left and generator.random() < pushes:
+            push, left = _push(generator, world), int(generator.integers(*PUSH_STEPS))
+        disturbed.append([left > 0])
+        if left:
+            action, left = push, left - 1
         labels.append(label)
         actions.append(action)
         obs, _, _, truncated, info = world.step(action)
@@ -177,10 +193,28 @@ def demonstrate(world: World, expert: Expert, seed: int, noise: float = 0.0) -> 
             success = step + 1
         if truncated or (success is not None and step + 1 >= success + SETTLE):
             break
-    meta = {"world": world.name, "seed": seed, "success": success is not None, "first_success_step": success, "noise": noise, **facts}
+    meta = {
+        "world": world.name,
+        "seed": seed,
+        "success": success is not None,
+        "first_success_step": success,
+        "noise": noise,
+        "pushes": pushes,
+        **facts,
+    }
     extra = {"action.expert": np.stack(labels)}
+    if pushes:
+        extra["disturbed"] = np.array(disturbed, np.float32)
     stacked = {camera: np.stack(frames) for camera, frames in images.items()}
     return Episode(stacked, np.stack(states).astype(np.float32), np.stack(actions), world.task_description, meta, extra)
+
+
+def _push(generator: np.random.Generator, world: World) -> np.ndarray:
+    """A random action (A,): moderate in all dimensions but the gripper's, which goes to one end."""
+    low, high = world.action_space.low, world.action_space.high
+    drawn = generator.uniform(PUSH * low, PUSH * high)
+    ends = np.where(generator.random(len(low)) < 0.5, low, high)
+    return np.where(["gripper" in name for name in world.contract.action.names], ends, drawn).astype(np.float32)
 
 
 def registered(name: str, render: str, size: int) -> tuple[World, Expert]:
@@ -230,9 +264,9 @@ def _in_order(pool: ProcessPoolExecutor, first: int, ahead: int, job: _Job) -> G
 
 def _attempt(seed: int, job: _Job) -> tuple[Contract, Episode]:
     """In a worker: one episode of a world, which is built once and kept."""
-    name, noise, render, size, make = job
+    name, noise, pushes, render, size, make = job
     world, expert = _kept(make or registered, name, render, size)
-    episode = demonstrate(world, expert, seed, noise)
+    episode = demonstrate(world, expert, seed, noise, pushes)
     episode.meta.update(render=render, size=size)
     return world.contract, episode
 

@@ -40,7 +40,7 @@ class Task:
     kind: Literal["lift", "stack"]
     target: str
     base: str | None = None
-    max_steps: int = 100
+    max_steps: int = 80
     scene: Scene | None = None
     """``None``: robosuite's own environment of that kind."""
 
@@ -54,7 +54,7 @@ TASKS: dict[str, Task] = {
     "robosuite/stack": Task("stack the red cube on the green cube", "stack", "cubeA", "cubeB", 200),
     "cubes/lift-red": Task("lift the red cube", "lift", "red cube", scene=_cubes("red", "green")),
     "cubes/lift-green": Task("lift the green cube", "lift", "green cube", scene=_cubes("red", "green")),
-    "cubes/stack": Task("stack the red cube on the green cube", "stack", "red cube", "green cube", 200, _cubes("red", "green")),
+    "cubes/stack": Task("stack the red cube on the green cube", "stack", "red cube", "green cube", 150, _cubes("red", "green")),
     "heldout/lift-purple": Task("lift the purple cube", "lift", "purple cube", scene=_cubes("purple", "green", look=HELD_OUT_LOOK)),
     "heldout/lift-green": Task("lift the green cube", "lift", "green cube", scene=_cubes("purple", "green", look=HELD_OUT_LOOK)),
 }

@@ -3,9 +3,10 @@
 import io
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,16 @@ FULL_SCALE = 96.0  # mean absolute difference (of 255) drawn in the darkest colo
 
 @dataclass(frozen=True, eq=False)
 class Imagined:
-    """A prediction made at step ``made`` for the frame after step ``due``: camera -> uint8 (H, W, 3)."""
+    """A prediction made at step ``made`` for the frame after step ``due``; see ``Plan.foresight``."""
 
     made: int
     due: int
-    images: dict[str, np.ndarray]
+    draw: Callable[[], dict[str, np.ndarray]]
+
+    @cached_property
+    def images(self) -> dict[str, np.ndarray]:
+        """Camera -> uint8 (H, W, 3)."""
+        return self.draw()
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,18 +61,23 @@ class Cinema:
 
     Args:
         out: folder of the evaluation.
-        first: the first so many episodes of each task and control are filmed, whatever their outcome.
+        first: the first so many episodes of each task are filmed, whatever their outcome, and the first of each control.
         failures: and so many failures more of each task; failures of a control are expected, so none of those.
     """
 
     def __init__(self, out: Path, first: int = 2, failures: int = 4) -> None:
         self.out, self.first, self.failures = out, first, failures
         self.failed: Counter[str] = Counter()
+        self.controls: set[str] = set()
 
     def wants(self, job: Job, success: bool) -> bool:
+        if job.control is not None:
+            new = job.control not in self.controls and self.first > 0
+            self.controls.add(job.control)
+            return new
         if job.index < self.first:
             return True
-        if success or job.control is not None or self.failed[job.task] >= self.failures:
+        if success or self.failed[job.task] >= self.failures:
             return False
         self.failed[job.task] += 1
         return True

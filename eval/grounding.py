@@ -55,11 +55,6 @@ def score(folder: str | Path, scenes: str | Path, limit: int = 300, seed: int = 
     return rows
 
 
-def score_command(folder: str, scenes: str, limit: int) -> dict[str, Any]:
-    """``vla model score <folder> --scenes DIR``: ``{"model", "scenes", "rows"}``."""
-    return {"model": folder, "scenes": scenes, "rows": score(folder, scenes, limit)}
-
-
 class Scorer:
     """A VLM that is asked packed turns in fp32.
 

@@ -1,6 +1,7 @@
 """The Policy contract: everything that turns observations into action chunks is one of these."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,13 +34,14 @@ class Plan:
 
     Attributes:
         chunk: what to do.
-        foresight: camera name -> uint8 (H, W, 3), the frame expected after the executed part; absent when not asked for.
+        foresight: draws what is expected to be seen after the executed part, camera name -> uint8 (H, W, 3); absent where
+            the policy foresees nothing. Drawing takes time that only who looks should pay.
         value: the policy's own estimate of success, where it has one.
         timing: stage -> milliseconds.
     """
 
     chunk: ActionChunk
-    foresight: dict[str, np.ndarray] | None = None
+    foresight: Callable[[], dict[str, np.ndarray]] | None = None
     value: float | None = None
     timing: dict[str, float] = field(default_factory=dict)
 

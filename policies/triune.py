@@ -1,7 +1,7 @@
 """A spec's model as a Policy: from observation to action chunk."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,16 +30,11 @@ class _Session:
 
 
 class TriunePolicy(Policy):
-    """``plan`` = prompt, prefix, foresight, denoise, unnormalise.
+    """``plan`` = prompt, prefix, foresight, denoise, unnormalise."""
 
-    Args:
-        foresight: decode the predicted frames into ``Plan.foresight`` (some milliseconds per plan).
-    """
-
-    def __init__(self, model: Model, contract: Contract, statistics: dict[str, Statistics], foresight: bool = True) -> None:
+    def __init__(self, model: Model, contract: Contract, statistics: dict[str, Statistics]) -> None:
         self.model = model.eval()
         self.contract = contract
-        self.foresight = foresight
         self.state = Normaliser(statistics["observation.state"], contract.state.normalisation or "none")
         self.action = Normaliser(statistics["action"], contract.action.normalisation or "none")
         self.prompts = prompt_encoder(model)
@@ -71,12 +66,10 @@ class TriunePolicy(Policy):
         encoded = time.perf_counter()
         outputs = infer(self.model, inputs, noise)
         actions = self.action.unnormalise(outputs.actions.float().cpu().numpy())
-        acted = time.perf_counter()
-        frames = self._decode({name: patches[: len(requests)] for name, patches in outputs.foresight.items()})
-        timing = {"encode": 1e3 * (encoded - began), "model": 1e3 * (acted - encoded), "foresight": 1e3 * (time.perf_counter() - acted)}
+        timing = {"encode": 1e3 * (encoded - began), "model": 1e3 * (time.perf_counter() - encoded)}
         rate = self.contract.rate or 0.0
         return [
-            Plan(ActionChunk(actions[i], rate, r.observation.timestamp), {c: f[i] for c, f in frames.items()} or None, timing=timing)
+            Plan(ActionChunk(actions[i], rate, r.observation.timestamp), self._drawing(outputs.foresight, i), timing=timing)
             for i, r in enumerate(requests)
         ]
 
@@ -106,16 +99,20 @@ class TriunePolicy(Policy):
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([session.seed, session.step, 0])))
         return rng.standard_normal(shape, dtype=np.float32)
 
-    def _decode(self, foresight: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        """Camera -> predicted frames (B, H, W, 3) uint8."""
-        if not self.foresight:
-            return {}
-        out: dict[str, np.ndarray] = {}
-        for name, patches in foresight.items():
-            module = self.model.foresight[name]
-            frames = module.decode(patches).permute(0, 1, 3, 4, 2).cpu().numpy()
-            out |= {camera: frames[:, i] for i, camera in enumerate(module.head.cameras)}
-        return out
+    def _drawing(self, foresight: dict[str, torch.Tensor], row: int) -> Callable[[], dict[str, np.ndarray]] | None:
+        """Decodes the predicted latents of one row, camera -> (H, W, 3) uint8, when it is called."""
+        latents = {name: patches[row : row + 1].clone() for name, patches in foresight.items()}
+
+        @torch.no_grad()
+        def draw() -> dict[str, np.ndarray]:
+            out: dict[str, np.ndarray] = {}
+            for name, patches in latents.items():
+                module = self.model.foresight[name]
+                frames = module.decode(patches)[0].permute(0, 2, 3, 1).cpu().numpy()
+                out |= dict(zip(module.head.cameras, frames, strict=True))
+            return out
+
+        return draw if latents else None
 
 
 def prompt(contract: Contract, instruction: str) -> str:
@@ -129,7 +126,7 @@ def prompt_encoder(model: Model) -> PromptEncoder:
     return PromptEncoder(model.vlm(name).folder, stream.length)
 
 
-def load_policy(path: str | Path, cuts: tuple[tuple[str, str], ...] = (), foresight: bool = True) -> TriunePolicy:
+def load_policy(path: str | Path, cuts: tuple[tuple[str, str], ...] = ()) -> TriunePolicy:
     """The policy of a checkpoint or run folder, on a GPU when one is present.
 
     Args:
@@ -138,10 +135,10 @@ def load_policy(path: str | Path, cuts: tuple[tuple[str, str], ...] = (), foresi
     Raises:
         UserError: no checkpoint there, a damaged one, or an edge to cut that does not exist.
     """
-    return from_checkpoint(read_checkpoint(path), cuts, foresight)
+    return from_checkpoint(read_checkpoint(path), cuts)
 
 
-def from_checkpoint(checkpoint: Checkpoint, cuts: tuple[tuple[str, str], ...] = (), foresight: bool = True) -> TriunePolicy:
+def from_checkpoint(checkpoint: Checkpoint, cuts: tuple[tuple[str, str], ...] = ()) -> TriunePolicy:
     """The policy of a checkpoint that was read."""
     for name in checkpoint.info.weights:
         checkpoint.reference(name)  # the frozen weights must be those that were trained with
@@ -150,7 +147,7 @@ def from_checkpoint(checkpoint: Checkpoint, cuts: tuple[tuple[str, str], ...] = 
     load_trained(model, checkpoint.weights)
     statistics = {key: Statistics.model_validate(value) for key, value in checkpoint.statistics.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return TriunePolicy(model.to(device), checkpoint.contract, statistics, foresight)
+    return TriunePolicy(model.to(device), checkpoint.contract, statistics)
 
 
 def load_trained(model: Model, file: Path) -> None:

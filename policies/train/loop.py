@@ -183,8 +183,12 @@ def begin(out: Path, resume: bool) -> None:
 
 @contextlib.contextmanager
 def prefetch(batch: Callable[[int], Any], start: int, end: int, depth: int = 2) -> Iterator[Iterator[Any]]:
-    """The batches ``start`` .. ``end - 1`` in order, made ahead by one thread. Errors come out where the batch was due."""
-    with ThreadPoolExecutor(1, "prefetch") as pool:
+    """The batches ``start`` .. ``end - 1`` in order, made ahead by one thread. Errors come out where the batch was due.
+
+    That thread computes alone (the setting is per thread): workers of its own, beside those of the thread that trains, made
+    OpenMP yield at every barrier, and a small policy's step on two cores took 0.41 s instead of 0.24 s.
+    """
+    with ThreadPoolExecutor(1, "prefetch", initializer=torch.set_num_threads, initargs=(1,)) as pool:
         ahead = deque(pool.submit(batch, index) for index in range(start, min(start + depth, end)))
 
         def take() -> Iterator[Any]:

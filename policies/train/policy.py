@@ -169,7 +169,7 @@ class PolicyTask:
         write_checkpoint(
             folder, spec=dump(self.spec), contract=self.contract, statistics=statistics, weights=tensors, references=references(self.spec)
         )
-        policy = from_checkpoint(read_checkpoint(folder), foresight=False)
+        policy = from_checkpoint(read_checkpoint(folder))
         write_golden(folder, policy, self._golden_observations())
 
     # what is computed once ------------------------------------------------------------------------------------------

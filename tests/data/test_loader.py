@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from triune.data import ChunkSampler, Dataset, open_dataset
+from triune.data import ChunkSampler, Contract, Dataset, Episode, open_dataset
 from triune.data.loader import split_episodes
+from triune.data.writer import DatasetWriter
 from triune.errors import UserError
 
 MakeDataset = Callable[..., Path]
@@ -57,6 +58,19 @@ def test_chunks_end_with_the_episode(dataset: Dataset, key: str) -> None:
             np.testing.assert_array_equal(batch["mask"][frame], np.arange(frame, frame + 4) <= last)
             np.testing.assert_array_equal(batch["state"][frame], dataset.vectors["observation.state"][frame])
             assert batch["future"][frame] == min(frame + 3, last)
+
+
+def test_nothing_is_learned_across_a_disturbance(tmp_path: Path, make_episode: Callable[..., Episode], contract: Contract) -> None:
+    pushed = (5, 6)
+    with DatasetWriter(tmp_path / "pushed", contract, 20) as writer:
+        for index in range(2):
+            episode = make_episode(index, 12)
+            episode.extra["disturbed"] = np.isin(np.arange(12), pushed if index else ()).astype(np.float32)[:, None]
+            writer.add(episode)
+    sampler = ChunkSampler(open_dataset(tmp_path / "pushed"), 4, 1, seed=0, foresight=2)
+    assert sampler.frames.tolist() == [*range(12), *range(12, 16), *range(19, 24)]
+    mask = sampler.gather(np.array([8, 13, 15, 19]))["mask"]
+    assert mask.sum(1).tolist() == [4, 4, 2, 4]
 
 
 def test_held_out_episodes(dataset: Dataset) -> None:

@@ -43,6 +43,19 @@ def same_files(one: Path, other: Path) -> None:
         assert ours.read().equals(theirs.read()), name
 
 
+def test_pushes_are_marked_and_recovered_from(points: ModuleType) -> None:
+    world, expert = points.make("point/a", "fast", 16)
+    episodes = [demonstrate(world, expert, seed=seed, pushes=0.1) for seed in (1, 2, 4, 5, 7, 8)]
+    marked = [episode.extra["disturbed"][:, 0] > 0 for episode in episodes]
+    assert any(mark.any() for mark in marked) and all(episode.meta["success"] for episode in episodes)
+    for episode, mark in zip(episodes, marked, strict=True):
+        differs = (episode.action != episode.extra["action.expert"]).any(1)
+        np.testing.assert_array_equal(differs, mark)
+        assert (np.abs(episode.action[mark, 2]) == 1).all() and np.abs(episode.action[mark, :2]).max(initial=0) <= 0.4
+    np.testing.assert_array_equal(demonstrate(world, expert, seed=2, pushes=0.1).action, episodes[1].action)
+    assert "disturbed" not in demonstrate(world, expert, seed=2).extra
+
+
 def test_one_episode(points: ModuleType) -> None:
     world, expert = points.make("point/a", "fast", 16)
     episode = demonstrate(world, expert, seed=1, noise=0.3)

@@ -167,7 +167,7 @@ class FakePolicy(Policy):
         direction = np.array([0.0, 0.0]) if lost else np.clip((goal - seen.state) / 6, -1.5, 1.5)
         actions = np.concatenate([direction + noise, np.sign(noise[:, :1])], axis=1)
         expected = {name: np.roll(image, 1, axis=1) for name, image in seen.images.items()}
-        return Plan(ActionChunk(actions, RATE, seen.timestamp), foresight=expected)
+        return Plan(ActionChunk(actions, RATE, seen.timestamp), foresight=lambda: expected)
 
     @staticmethod
     def _find(image: np.ndarray, colour: str) -> np.ndarray | None:

@@ -8,7 +8,8 @@ import pytest
 
 from triune.data.readers.scenes import CAMERAS, SceneWriter
 from triune.errors import UserError
-from triune.eval.grounding import Scorer, score, score_command
+from triune.eval import reconstruction
+from triune.eval.grounding import Scorer, score
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_rows_of_every_kind_and_of_the_text_alone(folder: str, scenes: Path) -> 
     assert [row["name"] for row in rows] == ["scenes:cubes", "scenes:heldout-shape", "text only (images blank)"]
     assert [row["scenes"] for row in rows] == [2, 2, 4]
     assert all(0 <= row["colour"] <= 1 and 0 <= row["relation"] <= 1 for row in rows)
-    assert score_command(folder, str(scenes), 2)["rows"] == rows  # the same every time
+    assert score(folder, scenes, 2) == rows  # the same every time
 
 
 def test_a_model_that_is_right_scores_full(folder: str, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +64,12 @@ def test_mistakes_are_said(folder: str, scenes: Path, tmp_path: Path) -> None:
         score(tmp_path, scenes)
     with pytest.raises(UserError, match="there are no scenes in"):
         score(folder, tmp_path)
+
+
+def test_an_autoencoder_is_scored_by_what_it_keeps(tiny_weights: dict[str, str], folder: str, scenes: Path) -> None:
+    autoencoder = tiny_weights["autoencoder"].removeprefix("path:")
+    assert reconstruction.is_autoencoder(autoencoder) and not reconstruction.is_autoencoder(folder)
+    rows = reconstruction.score(autoencoder, scenes, limit=2)
+    assert [(row["name"], row["images"]) for row in rows] == [("scenes:cubes", 4), ("scenes:heldout-shape", 4)]
+    assert all(0 < row["psnr"] < 20 and 0 < row["coloured_psnr"] < 20 for row in rows)  # noise, through random weights
+    assert reconstruction._psnr(np.full((4, 4), 0.01)) == pytest.approx(20)

@@ -104,6 +104,11 @@ def test_films_show_foresight_beside_what_came(tmp_path: Path) -> None:
     assert sheet.shape == (3 * 32, 32 * len(facts["times"]), 3)
 
 
+def test_of_a_control_one_episode_is_filmed(tmp_path: Path) -> None:
+    rows = play(tmp_path, [*jobs(3, control="blank"), *jobs(3, control="cut")], FakePolicy(), films=2)
+    assert [(row.control, row.seed % 100) for row in rows if row.video] == [("blank", 0), ("cut", 0)]
+
+
 def test_a_replay_that_differs_is_said(tmp_path: Path) -> None:
     class Drifting(FakePool):
         def reset(self, slot: int, world: str, seed: int, render: str = "fast", size: int = 96) -> None:

@@ -341,3 +341,10 @@ def test_state_json_is_plain(straight: Path) -> None:
     facts = json.loads((straight / "checkpoints/last/training/state.json").read_text())
     assert facts["step"] == 12
     assert facts["train"]["lr"] == 0.01
+
+
+def test_prefetch_computes_in_one_thread_and_leaves_the_trainer_its_own() -> None:
+    before = torch.get_num_threads()
+    with prefetch(lambda index: torch.get_num_threads(), 0, 2) as batches:
+        assert list(batches) == [1, 1]
+    assert torch.get_num_threads() == before

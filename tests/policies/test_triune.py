@@ -87,7 +87,9 @@ def test_plans_fit_the_contract(policy: TriunePolicy) -> None:
     policy.reset("s", 0)
     plan = policy.act(Request("s", observation()))
     assert plan.chunk.actions.shape == (6, 3) and plan.chunk.rate == 20.0 and plan.chunk.time == 0.5
-    assert plan.foresight is not None and plan.foresight["wrist"].shape == (SIDE, SIDE, 3) and plan.foresight["wrist"].dtype == np.uint8
+    assert plan.foresight is not None
+    expected = plan.foresight()
+    assert expected["wrist"].shape == (SIDE, SIDE, 3) and expected["wrist"].dtype == np.uint8
     assert (policy.contract.chunk, policy.contract.executed, policy.contract.action.normalisation) == (6, 3, "quantile")
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from triune.config import CONFIGS, load, parse
-from triune.data.questions import DESTINATION_SLOTS, TARGET_SLOTS, Turn, turns
+from triune.data.questions import DESTINATION_SLOTS, TARGET_SLOTS, Turn, locate, turns
 from triune.data.readers.scenes import CAMERAS, SceneWriter
 from triune.policies.train import vlm
 from triune.policies.train.vlm_model import LOCATIONS, build_processor, build_tokenizer
@@ -92,6 +92,29 @@ def test_a_packed_turn_is_what_it_is_alone(task: vlm.VlmTask) -> None:
     assert packed["word"].tolist()[:4] == [-1, -1, task.packer.none, task.packer.none]
 
 
+def test_guides_lead_from_answers_to_nouns_and_from_nouns_to_things(task: vlm.VlmTask) -> None:
+    marks = (("the red cube", (0.1, 0.2)), ("the green cube", (0.9, 0.7)))
+    turn = Turn("relation", "is the red cube left of the green cube ?", answer="yes", marks=marks)
+    packed = task.packer.pack([[turn]])
+    base = len(task.packer.prefix)
+    words = task.processor.tokenizer.convert_ids_to_tokens(packed["ids"][0, base : base + 10])
+    red, green, asked = words.index("red") + 1, words.index("green") + 1, words.index("?")
+    found = {(at - base, token, purpose, head) for _, at, token, purpose, head in packed["looks"].tolist()}
+    image = task.packer._image_token
+    assert found == {
+        (red, image(0, 0.1, 0.2), vlm.THING, -1),
+        (green, image(0, 0.9, 0.7), vlm.THING, -1),
+        (asked, base + red, vlm.CLUE, 0),
+        (asked, base + green, vlm.CLUE, 1),
+    }
+
+
+def test_where_nothing_is_annotated_nothing_is_asked() -> None:
+    nowhere = {"image": {"agentview": [0.5, 0.5], "wrist": None}}
+    annotation = {"objects": [], "gripper": nowhere, "instructions": [{"text": "close the door", "target": nowhere, "destination": None}]}
+    assert {turn.kind for turn in turns(annotation, np.random.default_rng(0), 200)} == {"point"}
+
+
 def test_soft_labels_are_centred(task: vlm.VlmTask) -> None:
     value = torch.tensor([0.25, 0.5, 0.731])
     soft = task.packer.soft(value)
@@ -156,12 +179,12 @@ def test_the_shipped_model_points() -> None:
     assert np.median(errors) < 0.02
 
 
-@pytest.mark.xfail(strict=True, reason="v1 is the first half of its training: it does not answer questions yet (see its model card)")
 def test_the_shipped_model_talks() -> None:
     model, processor, scenes = shipped()
     answers = []
     for item, images in scenes:
-        inputs = processor(text=f"<image><image> what shape is the {item['colour']} object ?", images=[images], return_tensors="pt")
+        text = f"<image><image> what color is the object at {locate(item['image']['agentview'])} ?"
+        inputs = processor(text=text, images=[images], return_tensors="pt")
         out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-        answers.append(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == item["shape"])
-    assert np.mean(answers) >= 0.75
+        answers.append(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == item["colour"])
+    assert np.mean(answers) >= 0.8
