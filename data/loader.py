@@ -106,8 +106,8 @@ class ChunkSampler:
 
         Returns:
             ``index`` int64 (B,); ``state`` float32 (B, S); ``action`` float32 (B, C, A), the last action of the episode
-            repeated beyond its end; ``mask`` bool (B, C), False there and from a disturbance on; ``future`` int64 (B,), the frame ``foresight``
-            steps on, or the last of the episode.
+            repeated beyond its end; ``mask`` bool (B, C), False there and from a disturbance on; ``future`` int64 (B,),
+            the frame ``foresight`` steps on, or the last of the episode.
         """
         return self.gather(self.indices(step))
 

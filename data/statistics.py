@@ -8,7 +8,7 @@ import numpy as np
 
 from ..config import Strict, parse
 from ..errors import UserError
-from .files import write_text
+from .files import write_file
 from .readers import Dataset
 
 Row = tuple[float, ...]
@@ -58,7 +58,7 @@ def compute_statistics(dataset: Dataset, keys: Sequence[str] | None = None, epis
 
 def save_statistics(statistics: Mapping[str, Statistics], path: str | Path) -> None:
     """Write JSON: feature -> {mean, std, min, max, q01, q99, count}."""
-    write_text(Path(path), json.dumps({key: entry.model_dump(mode="json") for key, entry in statistics.items()}, indent=1))
+    write_file(Path(path), json.dumps({key: entry.model_dump(mode="json") for key, entry in statistics.items()}, indent=1))
 
 
 def load_statistics(path: str | Path) -> dict[str, Statistics]:

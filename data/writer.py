@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from ..errors import UserError
 from .contract import Contract
 from .encode import History, Job, encode_images, encode_videos, vectors_of
-from .files import publish, write_text
+from .files import publish, write_file
 from .readers.metadata import CONTRACT_FILE, DEFAULT_COLUMNS, EPISODES_FILE, read_contract, read_episode_rows, read_facts, read_info
 from .tail import Tail
 from .types import Episode
@@ -74,7 +74,7 @@ class DatasetWriter:
             else:  # also where a recorder died in its first episode
                 for name in ("data", "videos", "meta"):
                     shutil.rmtree(self.path / name, ignore_errors=True)
-            write_text(self.path / CONTRACT_FILE, json.dumps({"version": 1, "contract": contract.model_dump(mode="json")}, indent=1))
+            write_file(self.path / CONTRACT_FILE, json.dumps({"version": 1, "contract": contract.model_dump(mode="json")}, indent=1))
         except BaseException:
             self.close()
             raise
@@ -189,7 +189,7 @@ class DatasetWriter:
         self._history = History(load_info(self.path), load_tasks(self.path), load_stats(self.path), last)
         facts = read_facts(self.path)
         lines = [json.dumps({"episode_index": index, **facts[index]}) + "\n" for index in sorted(facts) if index < self._count]
-        write_text(self.path / EPISODES_FILE, "".join(lines))
+        write_file(self.path / EPISODES_FILE, "".join(lines))
 
 
 def check_lerobot() -> None:

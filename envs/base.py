@@ -71,6 +71,13 @@ class World(gymnasium.Env[dict[str, Any], np.ndarray]):
         self._success = False
         return self._observe(), {"is_success": False}
 
+    def become(self, name: str) -> bool:
+        """Take on the task ``name``, where that needs no other simulator than this world has; ``reset`` must follow.
+
+        Building a simulator takes seconds, so who goes from task to task asks first. False: nothing has changed.
+        """
+        return name == self.name
+
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, Info]:
         """One control step; actions outside [-1, 1] are clipped. ``terminated`` is always false.
 

@@ -218,10 +218,15 @@ def _push(generator: np.random.Generator, world: World) -> np.ndarray:
 
 
 def registered(name: str, render: str, size: int) -> tuple[World, Expert]:
-    """A world of the registry and its expert."""
+    """A world of the registry and its expert. A simulator that was built before and serves this task too is taken again."""
     from .registry import make_expert, make_world
 
-    return make_world(name, render=render, size=size), make_expert(name)
+    built = _built.setdefault((render, size), [])
+    world = next((world for world in built if world.become(name)), None)
+    if world is None:
+        world = make_world(name, render=render, size=size)
+        built.append(world)
+    return world, make_expert(name)
 
 
 def _check_names(worlds: Iterable[str]) -> None:
@@ -266,9 +271,14 @@ def _attempt(seed: int, job: _Job) -> tuple[Contract, Episode]:
     """In a worker: one episode of a world, which is built once and kept."""
     name, noise, pushes, render, size, make = job
     world, expert = _kept(make or registered, name, render, size)
+    world.become(name)
     episode = demonstrate(world, expert, seed, noise, pushes)
     episode.meta.update(render=render, size=size)
     return world.contract, episode
+
+
+_built: dict[tuple[str, int], list[World]] = {}
+"""In a worker: render profile and size -> worlds of the registry."""
 
 
 @cache

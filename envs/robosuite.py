@@ -100,6 +100,15 @@ class RobosuiteWorld(World):
         self._painter: Painter | None = None
         self._items: dict[str, Any] = {}
 
+    def become(self, name: str) -> bool:
+        """See ``World.become``: tasks in the same scene share its simulator."""
+        task = TASKS.get(name)
+        if task is None or task.scene is None or task.scene != self.task.scene:
+            return super().become(name)
+        self.task, self.name, self.task_description, self.max_steps = task, name, task.instruction, task.max_steps
+        self._steps = None
+        return True
+
     def close(self) -> None:
         if self._painter is not None:
             self._painter.close()

@@ -189,7 +189,7 @@ class _Process:
 
 @dataclass
 class _Episode:
-    key: tuple[str, str, int]
+    look: tuple[str, int]
     world: World
     expert: Expert
     steps: int = 0
@@ -203,17 +203,16 @@ class _Worker:
         self._idle: list[_Episode] = []
 
     def reset(self, slot: int, name: str, seed: int, render: str, size: int) -> tuple[Observation, Info, Frames]:
-        key = (name, render, size)
+        look = (render, size)
         if slot in self._episodes:
             self._idle.append(self._episodes.pop(slot))
-        kept = next((episode for episode in reversed(self._idle) if episode.key == key), None)
+        kept = next((episode for episode in reversed(self._idle) if episode.look == look and episode.world.become(name)), None)
         if kept is not None:
             self._idle.remove(kept)
         while len(self._idle) > IDLE_WORLDS:
             self._idle.pop(0).world.close()
-        episode = (
-            _Episode(key, kept.world, kept.expert) if kept else _Episode(key, make_world(name, render=render, size=size), make_expert(name))
-        )
+        world = kept.world if kept else make_world(name, render=render, size=size)
+        episode = _Episode(look, world, make_expert(name))
         self._episodes[slot] = episode
         obs, info = episode.world.reset(seed=seed)
         return episode.world.observation(obs), info, []

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..data import Observation
-from ..data.files import publish
+from ..data.files import write_file
 from ..errors import UserError
 
 Key = tuple[str | None, str, int]
@@ -107,7 +107,7 @@ class Ledger:
         """Rewrite the file in ``order``; rows without a place come after, by name and seed."""
         place = {key: i for i, key in enumerate(order)}
         rows = sorted(self.rows.values(), key=lambda r: (place.get(r.key, len(place)), r.control or "", r.task, r.seed))
-        write_atomic(self.path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        write_file(self.path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -127,11 +127,3 @@ def read_rows(path: Path) -> list[Row]:
         except (json.JSONDecodeError, TypeError) as error:
             raise UserError(f"{path} line {number} is not an episode row ({error}); evaluate into a fresh folder") from None
     return rows
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file, or leave what was there; the folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    publish(temporary, path)

@@ -11,9 +11,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from ..data.files import write_file
 from ..envs import world_names
 from ..envs.experts import success_rate
-from .episodes import write_atomic
 from .provenance import hardware, versions
 from .statistics import wilson
 from .suite import EVALUATION
@@ -57,7 +57,7 @@ def main() -> None:
         row = rows[name] = {**measure(name, options.episodes, options.seed), "command": command}
         print(f"{name:40s} {row['successes']:3d}/{row['episodes']:<3d} median {row['median_steps']} steps", flush=True)
         ordered = [rows[known] for known in world_names() if known in rows]
-        write_atomic(options.out, json.dumps({"hardware": hardware(), "versions": versions(), "worlds": ordered}, indent=1) + "\n")
+        write_file(options.out, json.dumps({"hardware": hardware(), "versions": versions(), "worlds": ordered}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .episodes import Job, write_atomic
+from ..data.files import write_file
+from .episodes import Job
 
 CELL = 224  # side of one camera picture in a video, pixels
 HEAD, GAP = 34, 6  # height of the title line; space between pictures
@@ -85,10 +86,10 @@ class Cinema:
     def save(self, job: Job, reel: Reel) -> str:
         """Write the film of an episode; returns the video's path relative to ``out``."""
         path, shots = self.out / "videos" / f"{job.slug}.mp4", pictures(reel)
-        write_atomic(path, encode(shots, reel.rate / _stride(reel.rate)))
+        write_file(path, encode(shots, reel.rate / _stride(reel.rate)))
         still = io.BytesIO()
         Image.fromarray(shots[-1]).save(still, "JPEG", quality=82)
-        write_atomic(path.with_suffix(".jpg"), still.getvalue())
+        write_file(path.with_suffix(".jpg"), still.getvalue())
         panel(self.out / "foresight" / job.slug, job, reel)
         return f"videos/{path.name}"
 
@@ -162,7 +163,7 @@ def panel(stem: Path, job: Job, reel: Reel) -> None:
             strip.append(np.concatenate([guess, actual, _heat(_difference(guess, actual))], axis=0))
         buffer = io.BytesIO()
         Image.fromarray(np.concatenate(strip, axis=1)).save(buffer, "PNG", optimize=True)
-        write_atomic(stem.with_name(f"{stem.name}-{camera}.png"), buffer.getvalue())
+        write_file(stem.with_name(f"{stem.name}-{camera}.png"), buffer.getvalue())
     facts = {
         "control": job.control,
         "task": job.task,
@@ -175,7 +176,7 @@ def panel(stem: Path, job: Job, reel: Reel) -> None:
         "still": [round(e, 2) for e in still],
         "cameras": cameras,
     }
-    write_atomic(stem.with_name(f"{stem.name}.json"), json.dumps(facts))
+    write_file(stem.with_name(f"{stem.name}.json"), json.dumps(facts))
 
 
 @cache

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.files import write_file
 from ..errors import UserError
 from .charts import curve
-from .episodes import Row, read_rows, write_atomic
+from .episodes import Row, read_rows
 from .statistics import compare
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def write_report(
         provenance=_provenance(results, provenance or {}),
     )
     path = out / "report.html"
-    write_atomic(path, page)
+    write_file(path, page)
     return path
 
 

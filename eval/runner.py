@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from ..data import Contract
+from ..data.files import sha256, write_file
 from ..data.statistics import load_statistics
 from ..envs import make_world
 from ..envs.vector import WorldPool
 from ..errors import UserError
 from ..policies import Policy, find_checkpoint, load_policy
-from ..policies.files import sha256
 from .controls import Change, Control
-from .episodes import Job, Ledger, Row, write_atomic
+from .episodes import Job, Ledger, Row
 from .film import Cinema
 from .provenance import command, hardware, versions
 from .rollout import rollout
@@ -115,7 +115,7 @@ def evaluate(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "minutes": round(earlier + (time.perf_counter() - began) / 60, 2) if fresh or not earlier else earlier,
     }
-    write_atomic(path, json.dumps(results, indent=1))
+    write_file(path, json.dumps(results, indent=1))
     return results
 
 
@@ -235,4 +235,4 @@ def _claim(out: Path, spec: Suite, suite: str, fingerprint: str | None) -> None:
         changed = [key for key in identity if before.get(key) != identity[key]]
         if changed:
             raise UserError(f"{out} holds an evaluation with another {' and '.join(changed)}; choose another --out, or delete that folder")
-    write_atomic(path, json.dumps(identity, indent=1))
+    write_file(path, json.dumps(identity, indent=1))

@@ -23,10 +23,10 @@ from pydantic import JsonValue
 
 from ..config import Strict, parse
 from ..data import Contract, Observation
+from ..data.files import sha256, write_file
 from ..errors import UserError
 from ..vla.weights import Reference, resolve_reference
 from .base import Policy, Request
-from .files import sha256, write_text
 
 MANIFEST = "manifest.json"
 PARTS = ("spec.yaml", "contract.json", "statistics.json", "policy.json", "model.safetensors")
@@ -157,10 +157,10 @@ def write_checkpoint(
 
     versions = {name: version(name) for name in ("triune-vla", "torch", "transformers", "safetensors")}
     info = PolicyInfo(versions=versions, weights=dict(references), settings=dict(settings or {}))
-    write_text(folder / "spec.yaml", spec)
-    write_text(folder / "contract.json", contract.model_dump_json(indent=2))
-    write_text(folder / "statistics.json", json.dumps(dict(statistics), indent=2, allow_nan=False))
-    write_text(folder / "policy.json", info.model_dump_json(indent=2))
+    write_file(folder / "spec.yaml", spec)
+    write_file(folder / "contract.json", contract.model_dump_json(indent=2))
+    write_file(folder / "statistics.json", json.dumps(dict(statistics), indent=2, allow_nan=False))
+    write_file(folder / "policy.json", info.model_dump_json(indent=2))
     save_file(dict(weights), folder / "model.safetensors")
     seal(folder)
 
@@ -191,7 +191,7 @@ def write_golden(folder: Path, policy: Policy, observations: Sequence[Observatio
         )
     scale = max(float(np.abs(case.actions).max()) for case in cases)
     golden = Golden(tolerance={dtype: factor * max(scale, 1e-6) for dtype, factor in TOLERANCE.items()}, cases=cases)
-    write_text(folder / "golden" / "golden.json", golden.model_dump_json(indent=2))
+    write_file(folder / "golden" / "golden.json", golden.model_dump_json(indent=2))
     seal(folder)
 
 
@@ -199,7 +199,7 @@ def seal(folder: Path) -> None:
     """Write ``manifest.json`` over everything in ``folder`` but the training state."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     files = {name: sha256(folder / name) for name in names if name != MANIFEST and not name.startswith("training/")}
-    write_text(folder / MANIFEST, Manifest(files=files).model_dump_json(indent=2))
+    write_file(folder / MANIFEST, Manifest(files=files).model_dump_json(indent=2))
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ...data.files import write_file
 from ...errors import UserError
-from ..episodes import write_atomic
 from ..provenance import command, hardware
 
 BENCHES = ("loader", "inference", "rollout")
@@ -70,7 +70,7 @@ def write(results: list[dict[str, Any]], folder: Path) -> Path:
     """``bench-<name>.json`` for each result and ``bench.md`` over all of them; returns the latter."""
     lines = ["| benchmark | case | ours | peer | ratio | gate | passed |", "|---|---|---|---|---|---|---|"]
     for result in results:
-        write_atomic(folder / f"bench-{result['bench']}.json", json.dumps(result, indent=1) + "\n")
+        write_file(folder / f"bench-{result['bench']}.json", json.dumps(result, indent=1) + "\n")
         for r in result["rows"]:
             ours, peer = f"{r['ours']:g} {r['unit']}", f"{r['peer']:g} ({r['peer_name']})"
             passed = "yes" if r["passed"] else "no"
@@ -78,5 +78,5 @@ def write(results: list[dict[str, Any]], folder: Path) -> Path:
     machine, date = results[-1]["hardware"], results[-1]["date"]
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
     text = f"# Benchmarks\n\n`vla bench`, {date[:10]}, {machine['cpu']}, {machine['cores']} cores{gpu}.\n\n" + "\n".join(lines) + "\n"
-    write_atomic(folder / "bench.md", text)
+    write_file(folder / "bench.md", text)
     return folder / "bench.md"

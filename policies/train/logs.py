@@ -9,8 +9,8 @@ from typing import IO, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ...data.files import write_file
 from ...errors import UserError
-from ..files import write_text
 
 
 class Meter:
@@ -51,7 +51,7 @@ class RunLog:
             raise UserError("training logs to TensorBoard, which is not installed; run: pip install 'triune-vla[train]'") from None
         path = out / "log.jsonl"
         kept = [row for row in read_log(path) if row["step"] <= start]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file: IO[str] = path.open("a")
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         self._console = Console(stderr=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ...config import dump, find, load_tree, parse, read_yaml
+from ...data.files import write_file
 from ...errors import UserError
-from ..files import write_text
 from .loop import train
 from .state import refuse_changes, step_folders
 
@@ -42,5 +42,5 @@ def run(name: str, overrides: list[str], out: Path, resume: bool) -> Path:
         before = parse(module.Recipe, read_yaml(kept), kept)
         refuse_changes(before.model_dump(mode="json"), recipe.model_dump(mode="json"), out)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(kept, dump(recipe))
+    write_file(kept, dump(recipe))
     return train(module.build(recipe, out), recipe.train, out, resume)

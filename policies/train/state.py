@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...config import parse
+from ...data.files import atomic_folder, remove, replace_link, sha256
 from ...errors import UserError
-from ..files import atomic_folder, remove, replace_link, sha256
 from .logs import Meter
 from .optim import Ema, TrainConfig, learned_buffers, make_optimizer, trainable
 

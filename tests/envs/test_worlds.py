@@ -49,6 +49,14 @@ def test_only_the_words_of_the_cube_worlds_differ(cubes: RobosuiteWorld) -> None
         assert cubes.contract == green.contract
         assert all(np.array_equal(here["pixels"][camera], there["pixels"][camera]) for camera in cubes.contract.camera_names)
         assert np.array_equal(here["agent_pos"], there["agent_pos"])
+        assert not green.become("heldout/lift-green") and not green.become("metaworld/reach-v3")
+        assert green.task_description == "lift the green cube"
+        for name in ("cubes/stack", "cubes/lift-red"):  # what it has been before shows in nothing
+            assert green.become(name) and green.name == name
+            there, _ = green.reset(seed=4)
+            assert all(np.array_equal(here["pixels"][camera], there["pixels"][camera]) for camera in cubes.contract.camera_names)
+            assert green.privileged()["kind"] == name.split("/")[1].split("-")[0]
+        assert (green.task_description, green.max_steps) == (cubes.task_description, cubes.max_steps)
     finally:
         green.close()
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from triune.data import ActionChunk, Camera, Contract, Observation, Vector
+from triune.data.files import atomic_folder
 from triune.errors import UserError
 from triune.policies.base import Plan, Policy, Request
 from triune.policies.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, verify, write_checkpoint, write_golden
-from triune.policies.files import atomic_folder
 from triune.vla.weights import digest, make_reference, references, resolve_weights
 
 CONTRACT = Contract(
