@@ -63,7 +63,11 @@ class Painter:
         self._option: Any = None
 
     def image(self, data: Any, camera: str) -> np.ndarray:
-        """What ``camera`` sees, uint8 (size, size, 3), upright. ``data`` must have been forwarded."""
+        """What ``camera`` sees, uint8 (size, size, 3), upright. ``data`` must have been forwarded.
+
+        Raises:
+            UserError: there is no graphics library to draw with.
+        """
         import mujoco
 
         if self._renderer is None:
@@ -94,7 +98,14 @@ class Painter:
             self._option.geomgroup[:] = [group in self._groups for group in range(len(self._option.geomgroup))]
         if not self._sites:
             self._option.sitegroup[:] = 0
-        self._renderer = mujoco.Renderer(self.model, self.size, self.size)
+        try:
+            self._renderer = mujoco.Renderer(self.model, self.size, self.size)
+        except mujoco.FatalError as error:
+            backend = os.environ.get("MUJOCO_GL", "not set")
+            raise UserError(
+                f"MuJoCo cannot draw here (MUJOCO_GL is {backend}: {str(error).split(',')[0]}); install libegl1 and set MUJOCO_GL=egl, "
+                "before Python starts if the program imports mujoco before triune"
+            ) from error
 
 
 def simplify_meshes(model: Any, cell: float = CELL, fine: int = FINE) -> None:

@@ -1,5 +1,9 @@
 """The fast render profile: fewer triangles, the same physics, nearly the same pictures."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 
 from triune.envs.render import Painter, simplify_meshes
@@ -36,3 +40,16 @@ def test_fine_meshes_that_nothing_touches_are_simplified() -> None:
     difference = np.abs(pictures[0].astype(int) - pictures[1]).mean()
     assert 0 < difference < 4, difference
     assert (pictures[1] == pictures[2]).all()
+
+
+def test_mujoco_imported_first_without_a_display_is_explained() -> None:
+    code = """
+import mujoco
+from triune.envs.render import Painter
+model = mujoco.MjModel.from_xml_string('<mujoco><worldbody><camera name="eye"/></worldbody></mujoco>')
+Painter(model).image(mujoco.MjData(model), "eye")
+"""
+    clean = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")}
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=clean, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "MuJoCo cannot draw here (MUJOCO_GL is " in ended.stderr and "set MUJOCO_GL=egl" in ended.stderr
