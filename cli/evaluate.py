@@ -94,11 +94,17 @@ def _training_of_weights(policy: str) -> dict[str, str]:
     from json import loads
 
     from ..policies import read_checkpoint
+    from ..vla import load_spec
+    from ..vla.spec import PretrainedExpert
 
     checkpoint, rows = read_checkpoint(policy), {}
+    experts = load_spec(str(checkpoint.spec)).experts
     for name, reference in checkpoint.info.weights.items():
         card = checkpoint.reference(name) / "training.json"
-        if card.is_file():
+        expert = experts.get(name)
+        if isinstance(expert, PretrainedExpert) and expert.fresh:
+            rows[f"training of {name}"] = f"none before: random weights in the architecture of {reference.ref}"
+        elif card.is_file():
             said = loads(card.read_text())
             rows[f"training of {name} ({reference.ref})"] = f"{said['minutes']} minutes on {said['hardware']}; {said['recipe']}"
     return rows

@@ -212,7 +212,7 @@ def build(spec: Spec, seed: int = 0) -> Model:
 
 def _expert(config: PretrainedExpert | DecoderExpert, spec: Spec) -> Expert:
     if isinstance(config, PretrainedExpert):
-        return PretrainedVLM(config.weights, config.frozen)
+        return PretrainedVLM(config)
     return Decoder(config, spec.space)
 
 

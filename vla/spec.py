@@ -46,6 +46,16 @@ class PretrainedExpert(Strict):
     weights: str
     frozen: bool = True
 
+    @property
+    def fresh(self) -> bool:
+        """Whether the architecture alone is taken, with random weights."""
+        return self.weights.startswith("random:")
+
+    @property
+    def reference(self) -> str:
+        """Where the architecture, and unless ``fresh`` the weights, come from."""
+        return self.weights.removeprefix("random:")
+
 
 class DecoderExpert(Strict):
     """Our own pre-norm decoder, trained from scratch. ``time``: how the flow time enters its layers."""

@@ -316,8 +316,7 @@ def check_dataset(dataset: Dataset, spec: Spec, recipe: Recipe) -> None:
 
 def references(spec: Spec) -> dict[str, Reference]:
     """The frozen weights that a checkpoint of ``spec`` stands on, with their hashes."""
-    experts = {n: e.weights for n, e in spec.experts.items() if isinstance(e, PretrainedExpert)}
-    found = {n: make_reference(w.removeprefix("random:"), "vlm") for n, w in experts.items()}
+    found = {n: make_reference(e.reference, "vlm") for n, e in spec.experts.items() if isinstance(e, PretrainedExpert)}
     return found | {n: make_reference(h.autoencoder, "autoencoder") for n, h in spec.heads.items() if isinstance(h, LatentHead)}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ..attention import rotate
-from ..spec import Space
+from ..spec import PretrainedExpert, Space
 from ..weights.references import resolve_weights
 from .base import QKV, Expert
 
@@ -52,19 +52,18 @@ class PretrainedVLM(Expert):
         UserError: the folder holds no model of a known family.
     """
 
-    def __init__(self, weights: str, frozen: bool) -> None:
+    def __init__(self, config: PretrainedExpert) -> None:
         super().__init__()
-        fresh = weights.startswith("random:")
-        self.folder: Path = resolve_weights(weights.removeprefix("random:"), "vlm")
-        self.model, self.family = _load(self.folder, fresh)
+        self.folder: Path = resolve_weights(config.reference, "vlm")
+        self.model, self.family = _load(self.folder, config.fresh)
         text_config = self.model.config.text_config
         self.width: int = text_config.hidden_size
         self.depth: int = text_config.num_hidden_layers
         self.head_dim: int = text_config.head_dim
         vision = self.model.config.vision_config
         self.image_tokens: int = (vision.image_size // vision.patch_size // self.model.config.scale_factor) ** 2
-        self.frozen = frozen
-        if frozen:
+        self.frozen = config.frozen
+        if config.frozen:
             self.requires_grad_(False)
             self.eval()
 
