@@ -213,6 +213,7 @@ MISTAKES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
     "wrong suite key": (wrong_suite_key, "unknown key 'tasks.cubes/lift-red.scord'; did you mean 'scored'?"),
     "wrong suite override": (["eval", "quickstart", "slot=3", "--policy", "expert"], "unknown key 'slot'; did you mean 'slots'?"),
     "unknown task": (unknown_task, "cubes/lift-red"),
+    "beside without a label": (["eval", "quickstart", "--policy", "expert", "--beside", "runs/x"], "--beside runs/x is not LABEL=DIR"),
     "training seed": (["eval", "quickstart", "--policy", "expert", "--seed", "7"], "lies among the training seeds"),
     "missing checkpoint": (["eval", "quickstart", "--policy", "runs/none"], "there is no checkpoint runs/none"),
     "no checkpoint in the folder": (no_checkpoint_in, "is no policy checkpoint"),
