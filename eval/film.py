@@ -62,7 +62,7 @@ class Cinema:
 
     Args:
         out: folder of the evaluation.
-        first: the first so many episodes of each task are filmed, whatever their outcome, and the first of each control.
+        first: the first so many episodes of each task are filmed, whatever their outcome, and one first episode of each control.
         failures: and so many failures more of each task; failures of a control are expected, so none of those.
     """
 
@@ -73,9 +73,10 @@ class Cinema:
 
     def wants(self, job: Job, success: bool) -> bool:
         if job.control is not None:
-            new = job.control not in self.controls and self.first > 0
+            if job.index or not self.first or job.control in self.controls:
+                return False
             self.controls.add(job.control)
-            return new
+            return True
         if job.index < self.first:
             return True
         if success or self.failed[job.task] >= self.failures:
