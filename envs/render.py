@@ -125,7 +125,8 @@ def simplify_meshes(model: Any, cell: float = CELL, fine: int = FINE) -> None:
         merged = first[inverse.ravel()][model.mesh_face[faces]]
         corners = np.sort(merged, axis=1)
         _, distinct = np.unique(corners, axis=0, return_index=True)
-        kept = np.array([i for i in np.sort(distinct) if corners[i, 0] < corners[i, 1] < corners[i, 2]], dtype=int)
+        kept = np.sort(distinct)
+        kept = kept[(np.diff(corners[kept], axis=1) > 0).all(1)]  # a triangle that lost a corner is gone
         end = faces.start + len(kept)
         model.mesh_face[faces.start : end] = merged[kept]
         for name in ("mesh_facenormal", "mesh_facetexcoord"):
