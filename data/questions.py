@@ -21,6 +21,9 @@ LOCATIONS = 128
 MARGIN = 0.06
 """Two things whose centres differ by less than this share of the image are neither left nor right of each other."""
 
+PIXELS = 12
+"""A thing of which fewer pixels are in sight, because the arm hides it, is not asked about."""
+
 Thing = dict[str, Any]
 Maker = Callable[["Asker"], "Turn | None"]
 
@@ -60,7 +63,7 @@ class Asker:
         self.annotation = annotation
         self.generator = generator
         self.things: list[Thing] = annotation["objects"]
-        self.seen = [thing for thing in self.things if thing["image"][CAMERAS[0]] is not None]
+        self.seen = [thing for thing in self.things if _visible(thing)]
 
     def ask(self, kinds: tuple[str, ...]) -> Turn:
         """A turn of one of ``kinds``; one that the scene does not allow becomes another, in the end a ``point``."""
@@ -281,6 +284,12 @@ def locate(xy: list[float]) -> str:
     return " ".join(f"<loc_{min(LOCATIONS - 1, int(value * LOCATIONS))}>" for value in xy)
 
 
+def _visible(thing: Thing) -> bool:
+    """Whether image 1 shows enough of a thing to ask about it; where that was not recorded, whether it is within the image."""
+    camera = CAMERAS[0]
+    return thing["image"][camera] is not None and thing.get("visible", {}).get(camera, PIXELS) >= PIXELS
+
+
 def _coordinates(thing: Thing | None) -> list[float | None]:
     found: list[float | None] = []
     for camera in CAMERAS:
@@ -294,7 +303,7 @@ def _absent(asker: Asker) -> str:
     present = {(thing["colour"], thing["shape"]) for thing in asker.things} | {("purple", "cube")}
     colours = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white")
     while True:
-        pair = asker.pick(colours), asker.pick(("cube", "cube", "ball", "cylinder"))
+        pair = asker.pick(colours), asker.pick(("cube", "cube", "plate", "cylinder"))
         if pair not in present:
             return f"the {pair[0]} {pair[1]}"
 

@@ -140,10 +140,13 @@ class MetaWorld(World):
         }
 
     def _begin(self, seed: int) -> None:
+        import mujoco
+
         if self._env is None:
             self._build()
         self._env.seed(seed)
         self._seen, _ = self._env.reset()
+        mujoco.mj_kinematics(self._env.model, self._env.data)  # it moves the goal's mark last: without this the old one is drawn
 
     def _advance(self, action: np.ndarray) -> tuple[float, bool]:
         self._seen, reward, _, _, info = self._env.step(action)

@@ -78,6 +78,18 @@ class Painter:
             self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         return np.ascontiguousarray(self._renderer.render())
 
+    def geoms(self, data: Any, camera: str) -> np.ndarray:
+        """Which geom ``camera`` sees in each pixel, int32 (size, size), -1 where there is none."""
+        import mujoco
+
+        if self._renderer is None:
+            self._open()
+        self._renderer.update_scene(data, camera, self._option)
+        self._renderer.enable_segmentation_rendering()
+        found, kind = np.moveaxis(self._renderer.render(), -1, 0)
+        self._renderer.disable_segmentation_rendering()
+        return np.where(kind == mujoco.mjtObj.mjOBJ_GEOM, found, -1)
+
     def close(self) -> None:
         """Free the graphics context; left to the interpreter's exit, EGL prints errors."""
         if self._renderer is not None:

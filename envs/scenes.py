@@ -2,7 +2,7 @@
 
 A *scene* is one moment of a world seen by its cameras, with what is in it: name, colour, shape, size, place in every
 image. In the tabletop kinds nothing is simulated: objects are teleported and the arm is posed (above, around or holding an object, or
-somewhere), so a scene costs little more than its images. Scene ``i`` is a function of ``seed + i`` alone.
+somewhere), so a scene costs little more than its images, and of each thing it is known how many pixels show it. Scene ``i`` is a function of ``seed + i`` alone.
 
 Kinds (``vla data record scenes:<kind>``): ``cubes`` (the look of the ``cubes/*`` worlds, two cubes, sometimes
 something else too), ``tabletop`` (2-4 objects of any colour and shape, any look), ``rollouts`` and ``metaworld`` (frames of
@@ -35,7 +35,8 @@ TABLES = (
 FLOORS = ("light-gray-floor-tile", "white-bricks", "gray-felt", "cream-plaster", "steel-brushed", "dirt")
 WALLS = ("light-gray-plaster", "white-plaster", "cream-plaster", "gray-felt", "green-wood", "pink-plaster")
 
-TRAIN_SHAPES: tuple[Shape, ...] = ("cube", "ball", "cylinder")
+TRAIN_SHAPES: tuple[Shape, ...] = ("cube", "plate", "cylinder")
+"""Told apart by their proportions, which a tower with patches of eight pixels sees: of a ball and a cube it does not."""
 COPIES = 4
 """Things of each shape in the pool that scenes draw from: also the most objects in a scene."""
 
@@ -74,9 +75,9 @@ class TabletopScenes:
         poses = self._arrange(generator, chosen)
         look = self._look(generator)
         self.table.look(look)
-        for name, (colour, _, size) in chosen.items():
-            self.table.dress(name, colour, size)
-            tint = np.clip(np.array(COLOURS[colour]) * generator.uniform(0.85, 1.1) + generator.normal(0, 0.03, 3), 0, 1)
+        for name, thing in chosen.items():
+            self.table.dress(name, thing.colour, thing.size)
+            tint = np.clip(np.array(COLOURS[thing.colour]) * generator.uniform(0.85, 1.1) + generator.normal(0, 0.03, 3), 0, 1)
             item = self.table.objects[name]
             for geom in (*item.visual_geoms, *item.contact_geoms):
                 self.table.sim.model.geom_rgba[self.table.sim.model.geom_name2id(geom), :3] = tint
@@ -87,8 +88,8 @@ class TabletopScenes:
 
     # What is there
 
-    def _choose(self, generator: np.random.Generator) -> dict[str, tuple[str, Shape, float]]:
-        """Things by name: colour, shape, size; no two alike in both colour and shape."""
+    def _choose(self, generator: np.random.Generator) -> dict[str, Thing]:
+        """Things by name; no two alike in both colour and shape."""
         pairs: list[tuple[str, Shape]]
         if self.kind == "cubes":
             if generator.random() < 0.6:
@@ -110,9 +111,10 @@ class TabletopScenes:
             sizes = [float(generator.uniform(0.017, 0.027)) for _ in pairs]
         generator.shuffle(pairs)
         used = {shape: 0 for _, shape in pairs}
-        chosen: dict[str, tuple[str, Shape, float]] = {}
+        chosen: dict[str, Thing] = {}
         for (colour, shape), size in zip(pairs, sizes, strict=True):
-            chosen[f"{shape}{used[shape]}"] = (colour, shape, size)
+            name = f"{shape}{used[shape]}"
+            chosen[name] = Thing(name, shape, colour, size)
             used[shape] += 1
         return chosen
 
@@ -126,7 +128,7 @@ class TabletopScenes:
             if (colour, shape) not in taken and (colour, shape) != HELD_OUT_COLOUR and shape != HELD_OUT_SHAPE:
                 return colour, shape
 
-    def _arrange(self, generator: np.random.Generator, chosen: dict[str, Any]) -> dict[str, list[float]]:
+    def _arrange(self, generator: np.random.Generator, chosen: dict[str, Thing]) -> dict[str, list[float]]:
         area = Area() if self.kind in ("cubes", "heldout-scene") and generator.random() < 0.5 and len(chosen) == 2 else REACH
         return {name: list(pose) for name, pose in zip(chosen, area.sample(generator, len(chosen)), strict=True)}
 
@@ -158,16 +160,16 @@ class TabletopScenes:
 
     # Where the arm is
 
-    def _pose(self, generator: np.random.Generator, chosen: dict[str, Any], poses: dict[str, list[float]]) -> dict[str, str]:
+    def _pose(self, generator: np.random.Generator, chosen: dict[str, Thing], poses: dict[str, list[float]]) -> dict[str, str]:
         """Pose the arm as it is met in manipulation; a held or stacked thing moves in ``poses``. Returns what is held or on what."""
         names = list(chosen)
         target = str(generator.choice(names))
         others = [name for name in names if name != target]
         x, y, yaw = poses[target]
-        size = chosen[target][2]
+        rest = chosen[target].rest
         phase = str(generator.choice(list(PHASES), p=list(PHASES.values())))
-        grip, states = float(2 * size + generator.normal(0, 0.0015)), {}
-        height, wide = float(size), 0.08
+        grip, states = float(chosen[target].width + generator.normal(0, 0.0015)), {}
+        height, wide = rest, 0.08
         turn = yaw + generator.normal(0, 0.08)
         if phase in ("hold over", "stack") and not others:
             phase = "hold"
@@ -177,23 +179,23 @@ class TabletopScenes:
                 x, y, height = -0.1 + generator.normal(0, 0.03), generator.normal(0, 0.03), generator.normal(0.2, 0.03)
             turn, wide = generator.uniform(-0.8, 0.8), float(generator.choice([0.08, 0.08, 0.0, generator.uniform(0, 0.08)]))
         elif phase == "above":
-            x, y, height = x + generator.normal(0, 0.025), y + generator.normal(0, 0.025), generator.uniform(0.04, 0.16)
+            x, y, height = x + generator.normal(0, 0.025), y + generator.normal(0, 0.025), 2 * rest + generator.uniform(0, 0.12)
             turn = yaw * generator.uniform(0, 1) + generator.normal(0, 0.08)
         elif phase == "around":
-            x, y, height = x + generator.normal(0, 0.006), y + generator.normal(0, 0.006), size + abs(generator.normal(0, 0.02))
+            x, y, height = x + generator.normal(0, 0.006), y + generator.normal(0, 0.006), rest + abs(generator.normal(0, 0.02))
             wide = float(generator.choice([0.08, generator.uniform(grip, 0.08), grip]))
         else:
             other = str(generator.choice(others)) if others else target
             if phase == "hold":
                 shift = generator.uniform(0, 0.18) * generator.integers(0, 2)
                 x, y = (x, y) if shift == 0 else generator.uniform((-0.14, -0.2), (0.14, 0.2))
-                height = size + generator.uniform(0, 0.2)
+                height = rest + generator.uniform(0, 0.2)
             else:
                 spread = 0.03 if phase == "hold over" else 0.004
                 x, y = poses[other][0] + generator.normal(0, spread), poses[other][1] + generator.normal(0, spread)
-                height = size + 2 * chosen[other][2] + (generator.uniform(0.01, 0.15) if phase == "hold over" else 0.0)
+                height = rest + 2 * chosen[other].rest + (generator.uniform(0.01, 0.15) if phase == "hold over" else 0.0)
             slip = generator.normal(0, 0.004, 2)
-            poses[target] = [x + slip[0], y + slip[1], turn + generator.normal(0, 0.03), height - size]
+            poses[target] = [x + slip[0], y + slip[1], turn + generator.normal(0, 0.03), height - rest]
             states[target] = "held"
             wide = grip
             if phase == "stack":
@@ -207,15 +209,17 @@ class TabletopScenes:
         self.table.reach((x, y, TABLE_HEIGHT + max(height, 0.012)), float(turn), float(np.clip(wide, 0, 0.08)), steps=25)
         return states
 
-    def _record(self, seed: int, chosen: dict[str, Any], held: dict[str, str]) -> Record:
+    def _record(self, seed: int, chosen: dict[str, Thing], held: dict[str, str]) -> Record:
         objects = []
-        eef = self.table.eef
-        for name, (colour, shape, size) in chosen.items():
+        eef, visible = self.table.eef, self.table.visible(self.painter)
+        for name, thing in chosen.items():
             position = self.table.position(name)
             state, _, below = held.get(name, "table").partition(" ")
-            entry = {"name": name, "colour": colour, "shape": shape, "size": round(size, 4), "position": _rounded(position)}
+            entry: dict[str, Any] = {"name": name, "colour": thing.colour, "shape": thing.shape, "size": round(thing.size, 4)}
+            entry["position"] = _rounded(position)
             entry |= {"state": state, "on": below or None}
             entry["image"] = {camera: self._point(position, camera) for camera in CAMERAS}
+            entry["visible"] = visible[name]
             objects.append(entry)
         gripper = {"position": _rounded(eef), "image": {camera: self._point(eef, camera) for camera in CAMERAS}}
         annotation = {"world": f"scenes:{self.kind}", "seed": seed, "objects": objects, "gripper": gripper}
@@ -282,7 +286,8 @@ def record_scenes(
     Raises:
         UserError: there is no such kind.
     """
-    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
 
     kind = world.removeprefix("scenes:")
     if kind not in KINDS:
@@ -298,9 +303,9 @@ def record_scenes(
             if progress:
                 progress(written, n)
         return folder
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(todo))) as pool:
-        for count in pool.imap_unordered(_record_shard, todo):
-            written += count
+    with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:  # it says when a worker cannot start
+        for done in as_completed([pool.submit(_record_shard, job) for job in todo]):
+            written += done.result()
             if progress:
                 progress(written, n)
     return folder

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import render
-from .things import CAMERAS, COLOURS, SHAPES, TABLE_HEIGHT, Area, Look, Scene, Shape, Thing
+from .things import CAMERAS, COLOURS, TABLE_HEIGHT, Area, Look, Scene, Shape, Thing
 
 logging.getLogger("robosuite_logs").addFilter(lambda record: record.levelno >= logging.ERROR)  # notes at import
 import robosuite  # noqa: E402
@@ -23,7 +23,7 @@ from robosuite.models.objects import BallObject, BoxObject, CapsuleObject, Cylin
 from robosuite.models.tasks import ManipulationTask  # noqa: E402
 from robosuite.utils.mjcf_utils import xml_path_completion  # noqa: E402
 
-__all__ = ["CAMERAS", "COLOURS", "SHAPES", "TABLE_HEIGHT", "Area", "Look", "Scene", "Shape", "Tabletop", "Thing", "own_task"]
+__all__ = ["CAMERAS", "COLOURS", "TABLE_HEIGHT", "Area", "Look", "Scene", "Shape", "Tabletop", "Thing", "own_task"]
 
 SETTINGS: dict[str, Any] = {
     "robots": "Panda",
@@ -195,6 +195,11 @@ class Tabletop(ManipulationEnv):
         """One upright image per camera."""
         return {name: painter.image(self.sim.data._data, camera) for name, camera in CAMERAS.items()}
 
+    def visible(self, painter: render.Painter) -> dict[str, dict[str, int]]:
+        """Thing -> camera -> how many pixels of its image show the thing."""
+        seen = {camera: painter.geoms(self.sim.data._data, name) for camera, name in CAMERAS.items()}
+        return {name: {camera: int(np.isin(ids, self._geoms(name)).sum()) for camera, ids in seen.items()} for name in self.things}
+
     def pixels(self, points: np.ndarray, camera: str) -> tuple[np.ndarray, np.ndarray]:
         """Normalised image coordinates (N, 2) and depth (N,) of world points (N, 3); see ``render.project``."""
         return render.project(self.sim.model._model, self.sim.data._data, CAMERAS[camera], points)
@@ -206,7 +211,7 @@ def own_task(kind: str) -> Any:
 
 
 def _object(thing: Thing) -> Any:
-    kind = {"cube": BoxObject, "ball": BallObject, "cylinder": CylinderObject, "capsule": CapsuleObject}[thing.shape]
+    kind = {"cube": BoxObject, "ball": BallObject, "cylinder": CylinderObject, "plate": CylinderObject, "capsule": CapsuleObject}[thing.shape]
     return kind(name=thing.name, size=list(thing.dimensions), rgba=[*COLOURS[thing.colour], 1.0])
 
 

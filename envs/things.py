@@ -5,8 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-Shape = Literal["cube", "ball", "cylinder", "capsule"]
-SHAPES: tuple[Shape, ...] = ("cube", "ball", "cylinder", "capsule")
+Shape = Literal["cube", "ball", "cylinder", "plate", "capsule"]
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.85, 0.08, 0.08),
@@ -29,10 +28,20 @@ CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 Triple = tuple[float, float, float]
 
 
+PROPORTIONS: dict[Shape, tuple[float, ...]] = {
+    "cube": (1.0, 1.0, 1.0),
+    "ball": (1.0,),
+    "cylinder": (0.7, 1.6),
+    "plate": (1.35, 0.2),
+    "capsule": (0.55, 0.45),
+}
+"""MuJoCo's geom size of a thing of size 1: half edges, radius, or radius and half height. Cylinders stand like cans, plates are flat
+discs, and a capsule lies on its side."""
+
+
 @dataclass(frozen=True)
 class Thing:
-    """An object. ``size`` in metres: half the edge of a cube, the radius of a ball, radius and half height of a
-    cylinder, and half the length of a capsule (whose radius is 0.55 of it, lying on its side)."""
+    """An object. ``size`` in metres scales its ``PROPORTIONS``; of a cube it is half the edge."""
 
     name: str
     shape: Shape
@@ -40,19 +49,19 @@ class Thing:
     size: float = 0.021
 
     @property
-    def rest(self) -> float:
-        """Height of its centre above the table when it lies there."""
-        return 0.55 * self.size if self.shape == "capsule" else self.size
-
-    @property
     def dimensions(self) -> tuple[float, ...]:
         """MuJoCo's geom size."""
-        return {
-            "cube": (self.size,) * 3,
-            "ball": (self.size,),
-            "cylinder": (self.size,) * 2,
-            "capsule": (0.55 * self.size, 0.45 * self.size),
-        }[self.shape]
+        return tuple(self.size * part for part in PROPORTIONS[self.shape])
+
+    @property
+    def rest(self) -> float:
+        """Height of its centre above the table when it lies there."""
+        return self.dimensions[0 if self.shape == "capsule" else -1]
+
+    @property
+    def width(self) -> float:
+        """Distance between fingers that hold it."""
+        return 2 * self.dimensions[0]
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,10 @@ class TriunePolicy(Policy):
         padded = requests + [requests[-1]] * (BATCH - len(requests))
         inputs = self.inputs([r.observation for r in padded])
         noise = torch.from_numpy(np.stack([self._noise(r) for r in padded])).to(self.device)
-        for request in requests:
-            self.sessions[request.session].step += 1
         encoded = time.perf_counter()
         outputs = infer(self.model, inputs, noise)
+        for request in requests:
+            self.sessions[request.session].step += 1
         actions = self.action.unnormalise(outputs.actions.float().cpu().numpy())
         timing = {"encode": 1e3 * (encoded - began), "model": 1e3 * (time.perf_counter() - encoded)}
         rate = self.contract.rate or 0.0

@@ -26,12 +26,14 @@ class Inputs:
         images: (B, V, 3, Y, X) uint8, views in the spec's camera order.
         ids: prompt token ids (B, T); present: (B, T) bool, False on padding.
         state: normalised proprioception (B, S).
+        latents: patches (B, T, P) of the present frames, for a stream of ``latents``; encoded from ``images`` where absent.
     """
 
     images: UInt8[Tensor, "B V 3 Y X"] | None = None
     ids: Int[Tensor, "B T"] | None = None
     present: Bool[Tensor, "B T"] | None = None
     state: Float[Tensor, "B S"] | None = None
+    latents: Float[Tensor, "B L P"] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ class Model(nn.Module):
         flows = {n: h for n, h in spec.heads.items() if isinstance(h, FlowHead)}
         latents = {n: h for n, h in spec.heads.items() if isinstance(h, LatentHead)}
         self.actions = ModuleDict({n: ActionHead(h.action_dim, widths[n], not self._timed(n)) for n, h in flows.items()})
-        self.foresight = ModuleDict({n: LatentForesight(h, widths[n], spec.streams[n].length) for n, h in latents.items()})
+        self.foresight = ModuleDict(
+            {n: LatentForesight(h, widths[n], spec.streams[n].length, spec.streams[n].tokens == "latents") for n, h in latents.items()}
+        )
         for name, config in spec.experts.items():
             if config.frozen:
                 self.mot.experts[name].requires_grad_(False)
@@ -84,7 +88,8 @@ class Model(nn.Module):
 
     def embed(self, names: Sequence[str], inputs: Inputs, noisy: Tensor | None = None, time: Tensor | None = None) -> dict[str, Tokens]:
         """Tokens of the streams ``names``; action streams take the ``noisy`` chunk (B, C, A) and its ``time`` (B, C)."""
-        given = next(t for t in (noisy, inputs.state, inputs.ids) if t is not None)
+        inputs = self.see(inputs, names)
+        given = next(t for t in (noisy, inputs.state, inputs.ids, inputs.latents) if t is not None)
         positions = self.graph.positions(self.presence(inputs), given.shape[0], given.device)
         out = {}
         for name in names:
@@ -92,6 +97,16 @@ class Model(nn.Module):
             tokens = self._embed(name, stream.tokens, inputs, noisy, time, given.shape[0])
             out[name] = replace(tokens, positions=positions[name])
         return out
+
+    def see(self, inputs: Inputs, names: Sequence[str]) -> Inputs:
+        """``inputs`` with the latents of the present frames, where one of the streams ``names`` is made of them."""
+        seeing = next((n for n in names if self.spec.streams[n].tokens == "latents"), None)
+        if seeing is None or inputs.latents is not None:
+            return inputs
+        assert inputs.images is not None, f"stream {seeing} needs images"
+        module = self.foresight[seeing]
+        views = [self.spec.cameras.index(camera) for camera in module.head.cameras]
+        return replace(inputs, latents=module.encode(inputs.images[:, views]))
 
     def presence(self, inputs: Inputs) -> dict[str, Tensor | None]:
         """Stream -> which of its tokens are there; None where all are."""
@@ -114,8 +129,9 @@ class Model(nn.Module):
             if phase.kind == "denoise" or not live:
                 continue
             wanted = [s for s in live if s in self.foresight]
+            inputs = self.see(inputs, live)
             hidden, kv = self.mot(self.embed(live, inputs), kept, keep=[s for s in plan[name] if s in live], outputs=wanted)
-            foresight |= {s: self.foresight[s].predict(hidden[s]) for s in wanted}
+            foresight |= {s: self.foresight[s].predict(hidden[s], inputs.latents) for s in wanted}
             kept |= kv
         return kept, foresight
 
@@ -129,8 +145,9 @@ class Model(nn.Module):
         """One forward over all streams that are not in ``cache``: velocity and predicted patches, as in training."""
         live = [n for n in self.graph.names if n not in (cache or {})]
         heads = [n for n in live if n in self.spec.heads]
+        inputs = self.see(inputs, live)
         hidden, _ = self.mot(self.embed(live, inputs, noisy, time), cache or {}, outputs=heads)
-        foresight = {n: self.foresight[n].predict(hidden[n]) for n in heads if n in self.foresight}
+        foresight = {n: self.foresight[n].predict(hidden[n], inputs.latents) for n in heads if n in self.foresight}
         return self.actions[self.action_stream].velocity(hidden[self.action_stream]), foresight
 
     def losses(
@@ -195,7 +212,7 @@ class Model(nn.Module):
                 assert noisy is not None and time is not None, f"stream {name} needs a noisy chunk and its time"
                 return Tokens(self.actions[name].encode(noisy, time), empty, time=time if self._timed(name) else None)
             case _:
-                tokens = self.foresight[name].tokens(batch)
+                tokens = self.foresight[name].tokens(batch, inputs.latents)
                 return Tokens(tokens, empty, time=self._clean(name, batch, tokens))
 
     def _clean(self, name: str, batch: int, like: Tensor) -> Tensor | None:

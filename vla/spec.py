@@ -76,13 +76,14 @@ class Stream(Strict):
     """An ordered group of tokens.
 
     ``tokens``: ``prompt`` (images and text through the VLM's own embedding), ``state`` (one token of proprioception),
-    ``actions`` (one token per chunk step), ``queries`` (learned). ``length`` is the token count; the prompt's is its
+    ``actions`` (one token per chunk step), ``queries`` (learned), ``latents`` (the present frames in the latents of the
+    foresight head's autoencoder; the head then predicts their change). ``length`` is the token count; the prompt's is its
     padded length. ``block`` is the block size of ``block_causal`` and ``own_block`` relations. ``positions``:
     ``continue`` counts on after all earlier streams (absent tokens are skipped), ``restart`` begins at 0.
     """
 
     expert: str
-    tokens: Literal["prompt", "state", "actions", "queries"]
+    tokens: Literal["prompt", "state", "actions", "queries", "latents"]
     length: PositiveInt
     block: PositiveInt | None = None
     positions: Literal["continue", "restart"] = "continue"
@@ -112,7 +113,7 @@ class FlowHead(Strict):
 class LatentHead(Strict):
     """Foresight by regression of an autoencoder's latents of the frames ``horizon`` steps ahead (InternVLA-A1).
 
-    One square of ``patch`` x ``patch`` latent cells per query token; cameras in order.
+    One square of ``patch`` x ``patch`` latent cells per token; cameras in order.
     """
 
     kind: Literal["latent"] = "latent"
@@ -162,6 +163,9 @@ class Spec(Strict):
         for name, head in self.heads.items():
             _known(name, self.streams, f"heads.{name}", "stream")
             self._check_head(name, head)
+        for name, stream in self.streams.items():
+            if stream.tokens in ("queries", "latents") and name not in self.heads:
+                raise ValueError(f"streams.{name} holds {stream.tokens}, which a latent head makes: add heads.{name}")
         depths = {e.depth for e in self.experts.values() if isinstance(e, DecoderExpert)}
         if len(depths) > 1:
             raise ValueError(f"all layers are coupled one to one, so experts need one depth, not {sorted(depths)}")
@@ -169,9 +173,10 @@ class Spec(Strict):
 
     def _check_head(self, name: str, head: FlowHead | LatentHead) -> None:
         stream = self.streams[name]
-        needed = "actions" if isinstance(head, FlowHead) else "queries"
-        if stream.tokens != needed:
-            raise ValueError(f"heads.{name} is a {head.kind} head, so streams.{name}.tokens must be '{needed}', not '{stream.tokens}'")
+        needed = ("actions",) if isinstance(head, FlowHead) else ("queries", "latents")
+        if stream.tokens not in needed:
+            wanted = " or ".join(f"'{tokens}'" for tokens in needed)
+            raise ValueError(f"heads.{name} is a {head.kind} head, so streams.{name}.tokens must be {wanted}, not '{stream.tokens}'")
 
     def edge(self, row: str, col: str) -> Edge | None:
         """The edge by which ``row`` reads ``col``, or None."""

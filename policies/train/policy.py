@@ -114,9 +114,11 @@ class PolicyTask:
         )
         self.images = np.stack([self.dataset.load_images(c) for c in self.spec.cameras], axis=1)  # (frames, V, H, W, 3)
         self.prompts = self._encode_prompts()
-        self.future = Kept(len(self.images), np.unique(self.sampler.gather(self.sampler.frames)["future"]))
         self.present = Kept(len(self.images), self.sampler.frames)
-        self.targets = self._encode_future()
+        self.seeing = any(stream.tokens == "latents" for stream in self.spec.streams.values())
+        frames = self.sampler.gather(self.sampler.frames)["future"]
+        self.latent = Kept(len(self.images), np.unique([*frames, *(self.sampler.frames if self.seeing else [])]))
+        self.latents = self._encode_latents()
         self.prefix = self._encode_prefixes()
 
     @property
@@ -136,9 +138,11 @@ class PolicyTask:
             "state": torch.from_numpy(state.astype(np.float32)),
             "actions": torch.from_numpy(self.action.normalise(drawn["action"]).astype(np.float32)),
             "mask": torch.from_numpy(drawn["mask"]),
-            "future": torch.from_numpy(self.targets.numpy()[self.future.rows(drawn["future"])]),
+            "future": self._latents(drawn["future"]),
             "present": present[frames],
         }
+        if self.seeing:
+            batch["latents"] = self._latents(frames)
         if self.prefix is not None:
             variant = rng.integers(0, self.prefix.shape[0], len(frames))
             # in numpy: torch would gather with threads of its own, beside those that compute the step before
@@ -150,7 +154,7 @@ class PolicyTask:
         return batch
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        inputs = Inputs(batch.get("images"), batch.get("ids"), batch["present"], batch["state"])
+        inputs = Inputs(batch.get("images"), batch.get("ids"), batch["present"], batch["state"], batch.get("latents"))
         targets = Targets(batch["actions"], batch["mask"], batch["future"])
         head = self.spec.heads[self.module.action_stream]
         assert isinstance(head, FlowHead)
@@ -187,17 +191,21 @@ class PolicyTask:
         return ids[owner], present[owner]
 
     @torch.no_grad()
-    def _encode_future(self) -> Tensor:
-        """Latent patches of the frames in ``self.future``, (frames, T, P): the foresight targets."""
+    def _encode_latents(self) -> np.ndarray:
+        """Latent patches of the frames in ``self.latent``, float16 (frames, T, P): what the foresight expert sees and predicts."""
         module = next((m for m in self.module.foresight.values() if isinstance(m, LatentForesight)), None)
         if module is None:
-            return torch.zeros(len(self.future.frames), 0, 0)
+            return np.zeros((len(self.latent.frames), 0, 0), np.float16)
         views = [self.spec.cameras.index(c) for c in module.head.cameras]
         parts = []
-        for _, frames in parts_of(self.future.frames, "foresight targets"):
+        for _, frames in parts_of(self.latent.frames, "latents of frames"):
             with self._autocast():
-                parts.append(module.encode(self._pixels(self.images[frames][:, views])).float().cpu())
-        return torch.cat(parts)
+                parts.append(module.encode(self._pixels(self.images[frames][:, views])).half().cpu().numpy())
+        return np.concatenate(parts)
+
+    def _latents(self, frames: np.ndarray) -> Tensor:
+        """Patches (B, T, P) of frames of the dataset."""
+        return torch.from_numpy(self.latents[self.latent.rows(frames)].astype(np.float32))
 
     @torch.no_grad()
     def _encode_prefixes(self) -> Tensor | None:

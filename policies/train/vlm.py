@@ -5,12 +5,12 @@ images and itself, never another turn, and its positions begin where the images 
 is exactly what it computes when that turn stands alone.
 
 Asking for a place by name is a long plateau to a fresh network, so the image tokens are also taught directly (``Finder``):
-each scores whether it holds the centre of a red cube, a blue ball, ... and where in it. The finder is thrown away after
-training. And two heads are shown where to look (``guide_weight``): in the ``guided`` layers a slot, or the end of a noun
-phrase, at the image token of its thing; an answer, in the last of these layers, at what its question names (one head at
-the first noun or coordinate, one at the second), and in the last layer of all at the image token that it is about. 300
-steps without finder and guides left the pointing error at 10 % of the width, and 400 without the guide from answers to
-nouns left "is the red cube left of the green cube ?" at chance although both cubes were found.
+each scores whether it holds the centre of a red cube, a blue plate, ... and where in it, and names the colour and the shape
+of what it holds. The finder is thrown away after training. And two heads are shown where to look (``guide_weight``): in the ``guided`` layers a slot, or the
+end of a noun phrase, at the image token of its thing; an answer, in the last of these layers, at what its question names
+(one head at the first noun or coordinate, one at the second), and in the last layer of all at the image token that it is
+about. 300 steps without finder and guides left the pointing error at 10 % of the width, and 400 without the guide from
+answers to nouns left "is the red cube left of the green cube ?" at chance although both cubes were found.
 
 Coordinates are learned with soft labels over the location tokens (a Gaussian of ``sigma`` bins about the exact value),
 and also from the hidden states *before* the last layers (``exits``): another expert that reads this one's keys and
@@ -32,7 +32,8 @@ from .optim import TrainConfig
 from .vlm_model import END, NONE, VlmConfig, build_model, build_processor, save_folder
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white")
-FOUND = (*(f"{colour} {shape}" for colour in COLOURS for shape in ("cube", "ball", "cylinder")), "gripper")
+SHAPES = ("cube", "plate", "cylinder")
+FOUND = (*(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES), "gripper")
 """What the finder knows by name; a kind that no scene shows is simply never found."""
 GUIDED_HEADS = 2
 THING, ANSWER, CLUE = range(3)
@@ -51,7 +52,7 @@ class Recipe(Strict):
         exits: hidden states, counted from 0 = the embedding, whose pointing is trained too, through the final norm and the LM head.
         exit_weight: weight of each of them.
         word_weight: weight of the answers in words.
-        find_weight: weight of the finder on the image tokens.
+        find_weight: weight of the finder on the image tokens: places and names.
         guided: layers of the language model whose first heads learn where a slot or a noun phrase should look.
         guide_weight: weight of that.
         jitter: photometric augmentation: brightness, contrast and colour are scaled by 1 +- this.
@@ -74,35 +75,41 @@ class Recipe(Strict):
 
 
 class Finder(nn.Module):
-    """Where each kind of thing is, read off the image tokens: training only."""
+    """Where each kind of thing is, and what it is that is there, read off the image tokens: training only."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.kinds = len(FOUND)
-        self.head = nn.Linear(width, 3 * self.kinds)
+        self.head = nn.Linear(width, 3 * len(FOUND) + len(COLOURS) + len(SHAPES))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Image tokens (B*V, T, D) -> scores and offsets (B*V, T, K, 3) in fp32."""
-        return self.head(features).unflatten(-1, (self.kinds, 3)).float()
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image tokens (B*V, T, D) -> scores and offsets (B*V, T, K, 3), colours (B*V, T, colours), shapes (B*V, T, shapes), in fp32."""
+        places, colours, shapes = self.head(features).float().split((3 * len(FOUND), len(COLOURS), len(SHAPES)), -1)
+        return places.unflatten(-1, (len(FOUND), 3)), colours, shapes
 
     @staticmethod
-    def loss(found: Tensor, places: Tensor) -> Tensor:
-        """Cross entropy over tokens, or none of them (score 0), plus the offset inside the right token.
+    def loss(found: tuple[Tensor, Tensor, Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
+        """For finding: cross entropy over tokens, or none of them (score 0), plus the offset inside the right token. For
+        naming: cross entropy of colour and shape where a thing is.
 
         Args:
-            found: (B*V, T, K, 3), see ``forward``.
+            found: see ``forward``.
             places: (B*V, K, 2) normalised image coordinates, negative where there is none.
         """
-        side = round(found.shape[1] ** 0.5)
+        scored, colours, shapes = found
+        side = round(scored.shape[1] ** 0.5)
         present = places[..., 0] >= 0
         cell = (places * side).floor().clamp(0, side - 1)
         index = (cell[..., 1] * side + cell[..., 0]).long()
-        scores = torch.cat([found[..., 0], torch.zeros_like(found[:, :1, :, 0])], dim=1)  # (B*V, T + 1, K)
-        target = torch.where(present, index, found.shape[1])
+        scores = torch.cat([scored[..., 0], torch.zeros_like(scored[:, :1, :, 0])], dim=1)  # (B*V, T + 1, K)
+        target = torch.where(present, index, scored.shape[1])
         weight = torch.where(present, 1.0, 0.1)
         which = (nn.functional.cross_entropy(scores, target, reduction="none") * weight).sum() / weight.sum()
-        offset = found[..., 1:].gather(1, index[:, None, :, None].expand(-1, 1, -1, 2))[:, 0]
-        return which + (offset - (places * side - cell)).abs()[present].mean()
+        offset = scored[..., 1:].gather(1, index[:, None, :, None].expand(-1, 1, -1, 2))[:, 0]
+        image, kind = present[:, :-1].nonzero().T  # the gripper has no name
+        at = index[image, kind]
+        colour = nn.functional.cross_entropy(colours[image, at], kind // len(SHAPES))
+        shape = nn.functional.cross_entropy(shapes[image, at], kind % len(SHAPES))
+        return which + (offset - (places * side - cell)).abs()[present].mean(), colour + shape
 
 
 class Reader(nn.Module):
@@ -119,8 +126,8 @@ class Reader(nn.Module):
         vision = vlm.model.vision_model
         vision.embeddings.register_forward_hook(lambda _, inputs, out: out.to(vision.post_layernorm.weight.dtype))
 
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, positions: Tensor, want: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What the finder found (B*V, T, K, 3); logits (N, vocabulary) at ``want``, of the model, then of each exit."""
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, positions: Tensor, want: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+        """What the finder found; logits (N, vocabulary) at ``want``, of the model, then of each exit."""
         core = self.vlm.model
         features = core.get_image_features(images).pooler_output
         embedded = core.get_input_embeddings()(ids)
@@ -273,9 +280,9 @@ class VlmTask:
             at_slots, at_words = slot.nonzero()[:, 0], (~slot).nonzero()[:, 0]
             point = self._point(final[at_slots].float(), batch, at_slots)
             words = nn.functional.cross_entropy(final[at_words].float(), batch["word"][at_words])
-            find = self.module.finder.loss(found, batch["places"].flatten(0, 1))
-            loss = point + self.recipe.word_weight * words + self.recipe.find_weight * find
-            losses = {"loss": loss, "point": point, "words": words, "find": find}
+            find, name = self.module.finder.loss(found, batch["places"].flatten(0, 1))
+            loss = point + self.recipe.word_weight * words + self.recipe.find_weight * (find + name)
+            losses = {"loss": loss, "point": point, "words": words, "find": find, "name": name}
             for layer, logits in zip(self.recipe.exits, early, strict=True):
                 losses[f"exit_{layer}"] = self._point(logits[at_slots].float(), batch, at_slots)
                 losses["loss"] = losses["loss"] + self.recipe.exit_weight * losses[f"exit_{layer}"]

@@ -42,6 +42,7 @@ sideways clockwise counter counterclockwise target position location one's post 
 cabinet hockey cap receptacle
 unlock disassemble assemble assembly thermos container hinge side-way lit get when while then first second third last
 see seen visible please now currently against anything empty full bring closed hoop latch ring shut turning switch press pressed
+plates
 """
 WORDS = tuple(_VOCABULARY.split())
 

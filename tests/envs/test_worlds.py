@@ -186,3 +186,19 @@ def test_meta_world_s_wrist_and_agentview_have_poses(drawer: World) -> None:
         pixel = np.array(facts["intrinsics"]) @ position[:3] / position[2]
         assert position[2] > 0
         assert camera == "wrist" or ((pixel[:2] > 0).all() and (pixel[:2] < 64).all())
+
+
+def test_meta_world_draws_the_goal_of_this_episode_from_the_first_frame() -> None:
+    """push-v3 moves the goal's mark after everything else, so the mark of an earlier episode was drawn."""
+    world = make_world("metaworld/push-v3", size=48)
+    try:
+        first, _ = world.reset(seed=3)
+        world.reset(seed=4)
+        world.step(np.zeros(4, np.float32))
+        again, _ = world.reset(seed=3)
+        for camera, image in first["pixels"].items():
+            assert np.array_equal(image, again["pixels"][camera])
+        env = world._env
+        assert np.allclose(env.data.site("goal").xpos, env._target_pos)
+    finally:
+        world.close()

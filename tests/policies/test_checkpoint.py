@@ -187,6 +187,9 @@ def test_other_pretrained_weights_are_refused(written: Path, pretrained: Path) -
 
 def test_digest_is_of_names_and_content(pretrained: Path) -> None:
     before = digest(pretrained)
+    for note in ("README.md", "training.json"):
+        (pretrained / note).write_text("told afterwards")
+    assert digest(pretrained) == before
     (pretrained / "config.json").rename(pretrained / "settings.json")
     assert digest(pretrained) != before
 

@@ -64,6 +64,26 @@ def test_foresight_patches_come_back_as_latents(make_spec) -> None:
     assert (module.decode(patches).flatten(0, 1).int() - direct.int()).abs().max() <= 1
 
 
+def test_foresight_that_sees_predicts_a_change(make_spec) -> None:
+    model = build(make_spec(streams={"future": {"tokens": "latents"}})).eval()
+    module, data = model.foresight["future"], probe(model)
+    now = module.encode(data.inputs.images)
+    given = replace(data.inputs, images=None, latents=now)
+    with torch.no_grad():
+        kept, _ = model.observe(data.inputs)
+        answers = [infer(model, inputs, data.noise, {"obs": kept["obs"]}) for inputs in (data.inputs, given)]
+        torch.testing.assert_close(answers[0].foresight["future"], answers[1].foresight["future"])
+        torch.testing.assert_close(answers[0].actions, answers[1].actions)
+        module.out.weight.zero_()
+        module.out.bias.zero_()
+        torch.testing.assert_close(model.observe(data.inputs)[1]["future"], now)
+
+
+def test_streams_of_latents_need_their_head(make_spec) -> None:
+    with pytest.raises(UserError, match="holds latents, which a latent head makes"):
+        make_spec(heads={"future": None}, streams={"future": {"tokens": "latents"}})
+
+
 def test_foresight_length_must_fit_the_latents(make_spec) -> None:
     with pytest.raises(UserError, match="needs 8 tokens"):
         build(make_spec(streams={"future": {"length": 9}}))

@@ -18,6 +18,7 @@ VARIANTS = {
     "one_way": {"edges": {"action": {"future": None}}},
     "trained_vlm": {"experts": {"und": {"frozen": False}}},
     "concatenated_time": {"experts": {"act": {"time": "none"}}},
+    "sees_latents": {"streams": {"future": {"tokens": "latents"}}},
     "restart": {"streams": {"action": {"positions": "restart"}, "future": {"positions": "restart"}}},
 }
 
@@ -53,7 +54,7 @@ def test_a_trained_expert_is_not_called_frozen(make_spec) -> None:
     assert any("und" in name for name in model.trained())
 
 
-@pytest.mark.parametrize("name", ["plain", "detached", "concatenated_time"])
+@pytest.mark.parametrize("name", ["plain", "detached", "concatenated_time", "sees_latents"])
 def test_one_batch_is_learned(name: str, make_spec) -> None:
     assert overfit(build(make_spec(**VARIANTS[name])), steps=80) < 0.5
 

@@ -13,7 +13,8 @@ from ..weights.references import resolve_weights
 
 
 class LatentForesight(nn.Module):
-    """Learned queries in, patches of the future frame's latents out.
+    """Learned queries in, patches of the future frame's latents out. With ``sees`` the present frame's patches go in with the
+    queries, and what comes out is added to them: a picture stays what it was but for what moves.
 
     The autoencoder is referenced, never saved: it is frozen and kept out of this module's parameters.
 
@@ -23,7 +24,7 @@ class LatentForesight(nn.Module):
 
     autoencoder: Any
 
-    def __init__(self, head: LatentHead, width: int, length: int) -> None:
+    def __init__(self, head: LatentHead, width: int, length: int, sees: bool = False) -> None:
         super().__init__()
         self.head = head
         autoencoder = _load(head.autoencoder)
@@ -38,14 +39,22 @@ class LatentForesight(nn.Module):
                 f"the foresight stream needs {per_camera * len(head.cameras)} tokens ({len(head.cameras)} cameras, "
                 f"{self.grid}x{self.grid} latents in patches of {head.patch}), its length is {length}"
             )
+        size = self.channels * head.patch**2
         self.queries = nn.Parameter(torch.randn(length, width) * 0.02)
-        self.out = nn.Linear(width, self.channels * head.patch**2)
+        self.into = nn.Linear(size, width) if sees else None
+        self.out = nn.Linear(width, size)
 
-    def tokens(self, batch: int) -> Float[Tensor, "B T D"]:
-        return self.queries[None].expand(batch, -1, -1)
+    def tokens(self, batch: int, present: Float[Tensor, "B T P"] | None) -> Float[Tensor, "B T D"]:
+        """The stream's tokens; ``present`` holds the patches of the present frames where it ``sees`` them."""
+        if self.into is None:
+            return self.queries[None].expand(batch, -1, -1)
+        assert present is not None, "this foresight sees the present frames"
+        return self.queries + self.into(present)
 
-    def predict(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T P"]:
-        return self.out(hidden)
+    def predict(self, hidden: Float[Tensor, "B T D"], present: Float[Tensor, "B T P"] | None) -> Float[Tensor, "B T P"]:
+        """Patches of the future frames; ``present`` as in ``tokens``."""
+        out = self.out(hidden)
+        return out if self.into is None or present is None else present + out
 
     @torch.no_grad()
     def encode(self, images: UInt8[Tensor, "B V 3 Y X"]) -> Float[Tensor, "B T P"]:

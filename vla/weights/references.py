@@ -15,6 +15,8 @@ from ...errors import UserError
 Kind = Literal["vlm", "autoencoder"]
 ASSETS = Path(__file__).parents[1] / "assets"
 EMBEDDED: dict[Kind, str] = {"vlm": "embedded_vlm", "autoencoder": "autoencoder"}
+NOTES = ("*.md", "training.json")
+"""Files that tell of weights and do not change them."""
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack"]  # never downloaded: safetensors only
 
 
@@ -74,10 +76,11 @@ def resolve_weights(ref: str, kind: Kind) -> Path:
 
 
 def digest(folder: Path) -> str:
-    """The sha256 of a folder of weights: over name and content of every file but hidden ones and ``*.md``, in order of name."""
+    """The sha256 of a folder of weights: over name and content of every file in order of name, but for hidden ones and ``NOTES``."""
     whole = hashlib.sha256()
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    for name in sorted(n.as_posix() for n in names if n.suffix != ".md" and not any(part.startswith(".") for part in n.parts)):
+    kept = (n for n in names if not any(n.match(note) for note in NOTES) and not any(part.startswith(".") for part in n.parts))
+    for name in sorted(n.as_posix() for n in kept):
         with (folder / name).open("rb") as file:
             whole.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode())
     return whole.hexdigest()
