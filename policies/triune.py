@@ -123,7 +123,7 @@ def prompt(contract: Contract, instruction: str) -> str:
 def prompt_encoder(model: Model) -> PromptEncoder:
     """The tokenizer of the model's prompt stream."""
     name, stream = next((n, s) for n, s in model.spec.streams.items() if s.tokens == "prompt")
-    return PromptEncoder(model.vlm(name).folder, stream.length)
+    return PromptEncoder(model.vlm(name), stream.length)
 
 
 def load_policy(path: str | Path, cuts: tuple[tuple[str, str], ...] = ()) -> TriunePolicy:

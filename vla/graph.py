@@ -2,13 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from .spec import FlowHead, LatentHead, Phase, PhaseKind, Spec
+
+
+@dataclass(frozen=True)
+class Own:
+    """Positions (P, B, T) of P axes that an expert counts in its own way, from 0, and how far they reach: (B, 1), the position that
+    comes next."""
+
+    positions: Tensor
+    reach: Tensor
 
 
 class Graph:
@@ -76,20 +86,32 @@ class Graph:
             allowed = allowed | (own & ~allowed.any(-1, keepdim=True))
         return allowed[:, None]
 
-    def positions(self, present: dict[str, Tensor | None], batch: int, device: torch.device | None = None) -> dict[str, Tensor]:
+    def positions(
+        self,
+        present: dict[str, Tensor | None],
+        batch: int,
+        device: torch.device | None = None,
+        own: Mapping[str, Own] | None = None,
+    ) -> dict[str, Tensor]:
         """Rotary position ids (B, T) of every stream: a pure function of the spec and of what is present.
 
         ``continue`` streams count on after the last present token of all earlier streams; absent tokens do not count.
+
+        Args:
+            own: streams whose expert counts in its own way.
         """
         out: dict[str, Tensor] = {}
         offset = torch.zeros(batch, 1, dtype=torch.long, device=device)
         for name in self.names:
-            here = self._presence(name, present.get(name), batch, device).long()
-            local = (here.cumsum(1) - 1).clamp(min=0)
+            if own and name in own:
+                local, reach = own[name].positions, own[name].reach
+            else:
+                here = self._presence(name, present.get(name), batch, device).long()
+                local, reach = (here.cumsum(1) - 1).clamp(min=0), here.sum(1, keepdim=True)
             restart = self.spec.streams[name].positions == "restart"
             out[name] = local if restart else local + offset
             if not restart:
-                offset = offset + here.sum(1, keepdim=True)
+                offset = offset + reach
         return out
 
     def reaches(self, layers: int, gradient: bool = False) -> Tensor:

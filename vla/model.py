@@ -73,10 +73,12 @@ class Model(nn.Module):
         _check_space(spec, experts)
         self.mot = MoT(self.graph, experts)
         widths = {name: experts[stream.expert].width for name, stream in spec.streams.items()}
-        self.states = ModuleDict({n: StateEncoder(spec.state_dim, widths[n]) for n, s in spec.streams.items() if s.tokens == "state"})
+        linear = {name: stream.encoder == "linear" for name, stream in spec.streams.items()}
+        states = [name for name, stream in spec.streams.items() if stream.tokens == "state"]
+        self.states = ModuleDict({n: StateEncoder(spec.state_dim, widths[n], linear[n]) for n in states})
         flows = {n: h for n, h in spec.heads.items() if isinstance(h, FlowHead)}
         latents = {n: h for n, h in spec.heads.items() if isinstance(h, LatentHead)}
-        self.actions = ModuleDict({n: ActionHead(h.action_dim, widths[n], not self._timed(n)) for n, h in flows.items()})
+        self.actions = ModuleDict({n: ActionHead(h.action_dim, widths[n], self._mixed_time(n), linear[n]) for n, h in flows.items()})
         self.foresight = ModuleDict(
             {n: LatentForesight(h, widths[n], spec.streams[n].length, spec.streams[n].tokens == "latents") for n, h in latents.items()}
         )
@@ -86,17 +88,20 @@ class Model(nn.Module):
 
     # the parts of a forward pass ------------------------------------------------------------------------------------
 
-    def embed(self, names: Sequence[str], inputs: Inputs, noisy: Tensor | None = None, time: Tensor | None = None) -> dict[str, Tokens]:
-        """Tokens of the streams ``names``; action streams take the ``noisy`` chunk (B, C, A) and its ``time`` (B, C)."""
+    def embed(
+        self, names: Sequence[str], inputs: Inputs, noisy: Tensor | None = None, time: Tensor | None = None, cache: Cache | None = None
+    ) -> dict[str, Tokens]:
+        """Tokens of the streams ``names``; action streams take the ``noisy`` chunk (B, C, A) and its ``time`` (B, C).
+
+        Args:
+            cache: streams computed before; those after them count on from where they ended.
+        """
         inputs = self.see(inputs, names)
         given = next(t for t in (noisy, inputs.state, inputs.ids, inputs.latents) if t is not None)
-        positions = self.graph.positions(self.presence(inputs), given.shape[0], given.device)
-        out = {}
-        for name in names:
-            stream = self.spec.streams[name]
-            tokens = self._embed(name, stream.tokens, inputs, noisy, time, given.shape[0])
-            out[name] = replace(tokens, positions=positions[name])
-        return out
+        tokens = {n: self._embed(n, self.spec.streams[n].tokens, inputs, noisy, time, given.shape[0]) for n in names}
+        own = {n: part.own for n, part in {**(cache or {}), **tokens}.items() if part.own is not None}
+        positions = self.graph.positions(self.presence(inputs), given.shape[0], given.device, own)
+        return {n: replace(part, positions=positions[n]) for n, part in tokens.items()}
 
     def see(self, inputs: Inputs, names: Sequence[str]) -> Inputs:
         """``inputs`` with the latents of the present frames, where one of the streams ``names`` is made of them."""
@@ -130,7 +135,7 @@ class Model(nn.Module):
                 continue
             wanted = [s for s in live if s in self.foresight]
             inputs = self.see(inputs, live)
-            hidden, kv = self.mot(self.embed(live, inputs), kept, keep=[s for s in plan[name] if s in live], outputs=wanted)
+            hidden, kv = self.mot(self.embed(live, inputs, cache=kept), kept, keep=[s for s in plan[name] if s in live], outputs=wanted)
             foresight |= {s: self.foresight[s].predict(hidden[s], inputs.latents) for s in wanted}
             kept |= kv
         return kept, foresight
@@ -138,7 +143,7 @@ class Model(nn.Module):
     def velocity(self, inputs: Inputs, noisy: Float[Tensor, "B C A"], time: Float[Tensor, "B C"], cache: Cache) -> Float[Tensor, "B C A"]:
         """The flow velocity of the action stream, reading ``cache``."""
         name = self.action_stream
-        hidden, _ = self.mot(self.embed([name], inputs, noisy, time), cache, outputs=[name])
+        hidden, _ = self.mot(self.embed([name], inputs, noisy, time, cache), cache, outputs=[name])
         return self.actions[name].velocity(hidden[name])
 
     def joint(self, inputs: Inputs, noisy: Tensor, time: Tensor, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -146,7 +151,7 @@ class Model(nn.Module):
         live = [n for n in self.graph.names if n not in (cache or {})]
         heads = [n for n in live if n in self.spec.heads]
         inputs = self.see(inputs, live)
-        hidden, _ = self.mot(self.embed(live, inputs, noisy, time), cache or {}, outputs=heads)
+        hidden, _ = self.mot(self.embed(live, inputs, noisy, time, cache), cache or {}, outputs=heads)
         foresight = {n: self.foresight[n].predict(hidden[n], inputs.latents) for n in heads if n in self.foresight}
         return self.actions[self.action_stream].velocity(hidden[self.action_stream]), foresight
 
@@ -199,12 +204,18 @@ class Model(nn.Module):
         expert = self.spec.experts[self.spec.streams[stream].expert]
         return isinstance(expert, DecoderExpert) and expert.time == "adaptive_norm"
 
+    def _mixed_time(self, stream: str) -> str | None:
+        """Where the flow time joins the actions rather than the expert's norms: what its embedding is a function of."""
+        expert = self.spec.experts[self.spec.streams[stream].expert]
+        return None if self._timed(stream) else expert.time_of if isinstance(expert, DecoderExpert) else "t"
+
     def _embed(self, name: str, kind: str, inputs: Inputs, noisy: Tensor | None, time: Tensor | None, batch: int) -> Tokens:
         empty = torch.empty(0)  # positions are filled in by embed
         match kind:
             case "prompt":
                 assert inputs.images is not None and inputs.ids is not None, f"stream {name} needs images and prompt ids"
-                return Tokens(self.vlm(name).embed(inputs.images, inputs.ids), empty, inputs.present)
+                prompt = self.vlm(name).embed(inputs.images, inputs.ids, inputs.present)
+                return Tokens(prompt.x, empty, inputs.present, inject=prompt.inject, own=prompt.own)
             case "state":
                 assert inputs.state is not None, f"stream {name} needs the state"
                 return Tokens(self.states[name](inputs.state), empty, time=self._clean(name, batch, inputs.state))

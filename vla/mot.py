@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attention import attend, rotary
+from .attention import attend
 from .experts.base import Expert
-from .graph import Graph
+from .graph import Graph, Own
 from .modules import ModuleDict
 
 
@@ -18,15 +18,19 @@ class Tokens:
 
     Attributes:
         x: embeddings (B, T, D) in the width of the stream's expert.
-        positions: rotary position ids (B, T).
+        positions: rotary position ids (B, T), or (P, B, T) of P axes.
         present: (B, T) bool, or None where every token is present.
         time: flow time (B, T), where the expert is conditioned on it.
+        inject: (B, T, D) each, added after the first, second, ... layer (DeepStack).
+        own: positions that the stream's expert counted in its own way.
     """
 
     x: Tensor
     positions: Tensor
     present: Tensor | None = None
     time: Tensor | None = None
+    inject: tuple[Tensor, ...] = ()
+    own: Own | None = None
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,13 @@ class KV:
     Attributes:
         keys, values: one tensor per layer.
         present: (B, T) bool, or None where every token is present.
+        own: positions, as in ``Tokens``.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     present: Tensor | None = None
+    own: Own | None = None
 
 
 Cache = Mapping[str, KV]
@@ -75,7 +81,8 @@ class MoT(nn.Module):
         reads = self._reads(live, past, tokens, cache)
 
         x = {e: torch.cat([tokens[n].x for n in names], dim=1) for e, names in owners.items()}
-        phase = {e: self._phase([tokens[n] for n in names], x[e]) for e, names in owners.items()}
+        phase = {e: self.experts[e].phase(x[e], _joined_positions([tokens[n] for n in names])) for e, names in owners.items()}
+        inject = {e: _joined_inject([tokens[n] for n in names]) for e, names in owners.items()}
         condition = {e: self.experts[e].condition(_joined_time([tokens[n] for n in names])) for e, names in owners.items()}
         kept: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in keep}
 
@@ -92,13 +99,15 @@ class MoT(nn.Module):
             attended = self._attend(dict(zip(live, q, strict=True)), keys, values, reads)
             for e, names in owners.items():
                 x[e] = self.experts[e].finish(layer, x[e], torch.cat([attended[n] for n in names], dim=1), condition[e])
+                if layer < len(inject[e]):
+                    x[e] = x[e] + inject[e][layer]
 
         hidden: dict[str, Tensor] = {}
         for e, names in owners.items():
             if any(n in outputs for n in names):
                 final = self.experts[e].final(x[e], condition[e]).split([tokens[n].x.shape[1] for n in names], dim=1)
                 hidden |= {n: h for n, h in zip(names, final, strict=True) if n in outputs}
-        return hidden, {n: KV(tuple(ks), tuple(vs), tokens[n].present) for n, (ks, vs) in kept.items()}
+        return hidden, {n: KV(tuple(ks), tuple(vs), tokens[n].present, tokens[n].own) for n, (ks, vs) in kept.items()}
 
     def _owners(self, tokens: Mapping[str, Tokens]) -> dict[str, list[str]]:
         """Expert -> its live streams, both in the spec's order."""
@@ -129,9 +138,6 @@ class MoT(nn.Module):
             attended |= dict(zip(read.rows, out.split([q[r].shape[2] for r in read.rows], dim=1), strict=True))
         return attended
 
-    def _phase(self, streams: list[Tokens], x: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary(torch.cat([s.positions for s in streams], dim=1), self.space.head_dim, self.space.rope_theta)
-
 
 @dataclass(frozen=True)
 class _Read:
@@ -145,4 +151,16 @@ def _joined_time(streams: list[Tokens]) -> Tensor | None:
     """Flow time of an expert's live tokens; tokens without one are clean data, t = 1."""
     if all(s.time is None for s in streams):
         return None
-    return torch.cat([s.time if s.time is not None else torch.ones_like(s.positions, dtype=torch.float32) for s in streams], dim=1)
+    return torch.cat([s.time if s.time is not None else torch.ones(s.x.shape[:2], device=s.x.device) for s in streams], dim=1)
+
+
+def _joined_positions(streams: list[Tokens]) -> Tensor:
+    """Positions of an expert's live tokens; a stream of one axis stands at one place of all axes."""
+    axes = max((s.positions.shape[0] for s in streams if s.positions.ndim == 3), default=0)
+    return torch.cat([s.positions.expand(axes, -1, -1) if axes and s.positions.ndim == 2 else s.positions for s in streams], dim=-1)
+
+
+def _joined_inject(streams: list[Tokens]) -> list[Tensor]:
+    """What is added to an expert's live tokens, layer by layer."""
+    layers = max(len(s.inject) for s in streams)
+    return [torch.cat([s.inject[i] if i < len(s.inject) else torch.zeros_like(s.x) for s in streams], dim=1) for i in range(layers)]

@@ -38,8 +38,8 @@ def probe(model: Model, batch: int = 2, seed: int = 0) -> Probe:
     actions = spec.streams[model.action_stream]
     head = spec.heads[model.action_stream]
     assert isinstance(head, FlowHead)
-    ids, present = _prompt(model, batch, rng)
     size = max([h.image_size for h in spec.heads.values() if isinstance(h, LatentHead)], default=96)
+    ids, present = _prompt(model, batch, size, rng)
     images = torch.randint(0, 256, (batch, len(spec.cameras), 3, size, size), generator=rng, dtype=torch.uint8)
     shape = (batch, actions.length, head.action_dim)
     inputs = Inputs(images, ids, present, torch.randn(batch, spec.state_dim, generator=rng))
@@ -111,8 +111,8 @@ def expert_parity(model: Model) -> float | None:
         assert data.images is not None and data.ids is not None and data.present is not None
         hidden, _ = model.mot(model.embed([name], data), {}, outputs=[name])
         ours = expert.logits(hidden[name])
-        pixels = data.images.float() / 127.5 - 1.0
-        theirs = expert.model(input_ids=data.ids, attention_mask=data.present.long(), pixel_values=pixels).logits
+        more = expert.family.alone(expert.model, data.ids, data.present, expert.normalise(data.images))
+        theirs = expert.model(input_ids=data.ids, attention_mask=data.present.long(), **more).logits
         scale = float(theirs[data.present].abs().max().clamp(min=1))
         worst = max(worst or 0.0, float((ours - theirs)[data.present].abs().max()) / scale)
     return worst
@@ -180,21 +180,23 @@ def _constant(model: Model, stream: str) -> bool:
     return model.spec.experts[model.spec.streams[stream].expert].frozen
 
 
-def _prompt(model: Model, batch: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random prompt ids with the image tokens of all views in front, and their presence (the second row is shorter)."""
+def _prompt(model: Model, batch: int, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random prompt ids with the image tokens of all views in front, a word after each, and their presence (the second row is shorter)."""
     name, stream = next((n, s) for n, s in model.spec.streams.items() if s.tokens == "prompt")
     vlm = model.vlm(name)
-    config = vlm.model.config
-    image = torch.full((vlm.image_tokens * len(model.spec.cameras),), config.image_token_id)
-    text = torch.randint(0, config.text_config.vocab_size, (batch, stream.length - len(image)), generator=rng)
-    text = torch.where(text == config.image_token_id, (text + 1) % config.text_config.vocab_size, text)
+    rows, columns = vlm.grid((size, size))
+    views = (rows * columns + 1) * len(model.spec.cameras)
+    ids = torch.randint(0, vlm.model.config.get_text_config().vocab_size, (batch, stream.length), generator=rng)
+    ids = torch.where(ids == vlm.image_token, ids - 1, ids)
+    is_image = torch.arange(stream.length) % (rows * columns + 1) < rows * columns
+    is_image[views:] = False
     present = torch.ones(batch, stream.length, dtype=torch.bool)
-    present[1:, -(text.shape[1] // 2) :] = False
-    return torch.cat([image.expand(batch, -1), text], dim=1), present
+    present[1:, -((stream.length - views) // 2) :] = False
+    return torch.where(is_image, vlm.image_token, ids), present
 
 
 def _joint(model: Model, tokens: dict[str, Tokens], x: dict[str, Tensor]) -> dict[str, Tensor]:
-    live = {n: Tokens(x[n], t.positions, t.present, t.time) for n, t in tokens.items()}
+    live = {n: replace(t, x=x[n]) for n, t in tokens.items()}
     return model.mot(live, {}, outputs=model.graph.names)[0]
 
 

@@ -58,14 +58,20 @@ class PretrainedExpert(Strict):
 
 
 class DecoderExpert(Strict):
-    """Our own pre-norm decoder, trained from scratch. ``time``: how the flow time enters its layers."""
+    """Our own pre-norm decoder with a gated FFN, trained from scratch.
+
+    ``activation``: of the FFN's gate (SwiGLU, or Gemma's GeGLU). ``time``: how the flow time enters its layers. ``time_of``: what
+    its time embedding is a function of; weights trained with noise at t = 1 say ``1-t``.
+    """
 
     kind: Literal["decoder"] = "decoder"
     width: PositiveInt
     depth: PositiveInt
     ffn: PositiveInt
     qk_norm: bool = True
+    activation: Literal["silu", "gelu_tanh"] = "silu"
     time: Literal["none", "adaptive_norm"] = "none"
+    time_of: Literal["t", "1-t"] = "t"
     frozen: bool = False
 
 
@@ -78,13 +84,14 @@ class Stream(Strict):
     ``tokens``: ``prompt`` (images and text through the VLM's own embedding), ``state`` (one token of proprioception),
     ``actions`` (one token per chunk step), ``queries`` (learned), ``latents`` (the present frames in the latents of the
     foresight head's autoencoder; the head then predicts their change). ``length`` is the token count; the prompt's is its
-    padded length. ``block`` is the block size of ``block_causal`` and ``own_block`` relations. ``positions``:
+    padded length. ``encoder``: how states and actions become tokens. ``block`` is the block size of ``block_causal`` and ``own_block`` relations. ``positions``:
     ``continue`` counts on after all earlier streams (absent tokens are skipped), ``restart`` begins at 0.
     """
 
     expert: str
     tokens: Literal["prompt", "state", "actions", "queries", "latents"]
     length: PositiveInt
+    encoder: Literal["mlp", "linear"] = "mlp"
     block: PositiveInt | None = None
     positions: Literal["continue", "restart"] = "continue"
 
@@ -164,6 +171,10 @@ class Spec(Strict):
             _known(name, self.streams, f"heads.{name}", "stream")
             self._check_head(name, head)
         for name, stream in self.streams.items():
+            expert = self.experts[stream.expert]
+            timed = isinstance(expert, DecoderExpert) and expert.time != "none"
+            if stream.tokens == "actions" and stream.encoder == "linear" and not timed:
+                raise ValueError(f"streams.{name}.encoder is linear, so expert '{stream.expert}' must carry the flow time: time: adaptive_norm")
             if stream.tokens in ("queries", "latents") and name not in self.heads:
                 raise ValueError(f"streams.{name} holds {stream.tokens}, which a latent head makes: add heads.{name}")
         depths = {e.depth for e in self.experts.values() if isinstance(e, DecoderExpert)}

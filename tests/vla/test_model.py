@@ -103,9 +103,9 @@ def test_random_weights_are_the_same_each_time(make_spec, tiny_weights) -> None:
 
 def test_prompts_hold_their_images_and_are_refused_when_too_long(make_spec) -> None:
     expert = build(make_spec()).mot.experts["und"]
-    encoder = PromptEncoder(expert.folder, 24)
+    encoder, (rows, columns) = PromptEncoder(expert, 24), expert.grid((32, 32))
     ids, present = encoder(["lift the red cube", "lift the cube"], 2)
-    assert ids.shape == (2, 24) and (ids == expert.model.config.image_token_id).sum(1).tolist() == [2 * expert.image_tokens] * 2
+    assert ids.shape == (2, 24) and (ids == expert.image_token).sum(1).tolist() == [2 * rows * columns] * 2
     assert present.sum(1)[0] == present.sum(1)[1] + 1
     with pytest.raises(UserError, match="the spec's prompt stream holds 24"):
         encoder(["lift the red cube " * 10], 2)

@@ -1,10 +1,28 @@
 """What the MoT loop asks of an expert."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..graph import Own
+
 QKV = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An embedded prompt.
+
+    Attributes:
+        x: (B, T, D).
+        inject: (B, T, D) each, added after the first, second, ... layer.
+        own: positions, where the family counts them in its own way.
+    """
+
+    x: Tensor
+    inject: tuple[Tensor, ...] = ()
+    own: Own | None = None
 
 
 class Expert(nn.Module, ABC):
@@ -19,6 +37,10 @@ class Expert(nn.Module, ABC):
     @abstractmethod
     def condition(self, time: Tensor | None) -> Tensor | None:
         """What the layers need to know of ``time`` (B, T), computed once per forward."""
+
+    @abstractmethod
+    def phase(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (B, T, H) of the rotary phases at positions ``ids``, (B, T) or (P, B, T) of P axes."""
 
     @abstractmethod
     def project(self, layer: int, x: Tensor, phase: tuple[Tensor, Tensor], condition: Tensor | None) -> QKV:

@@ -1,4 +1,4 @@
-"""Our own trainable expert: a pre-norm decoder with SwiGLU and optional adaptive RMS norms."""
+"""Our own trainable expert: a pre-norm decoder with a gated FFN and optional adaptive RMS norms."""
 
 from typing import cast
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attention import rotate
+from ..attention import rotary, rotate
 from ..flow import TimeEmbedding
 from ..spec import DecoderExpert, Space
 from .base import QKV, Expert
@@ -72,7 +72,7 @@ class Decoder(Expert):
 
     def __init__(self, config: DecoderExpert, space: Space) -> None:
         super().__init__()
-        self.width, self.depth, self.space = config.width, config.depth, space
+        self.width, self.depth, self.space, self.config = config.width, config.depth, space, config
         self.layers = nn.ModuleList(DecoderLayer(config, space) for _ in range(config.depth))
         self.final_norm = Norm(config.width, config.time == "adaptive_norm", residual=False)
         self.time = TimeEmbedding(config.width) if config.time == "adaptive_norm" else None
@@ -85,7 +85,11 @@ class Decoder(Expert):
         if self.time is None:
             return None
         assert time is not None, "an expert with adaptive norms needs the flow time of its tokens"
-        return self.time(time)
+        return self.time(time if self.config.time_of == "t" else 1 - time)
+
+    def phase(self, x: Float[Tensor, "B T D"], ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Of several axes the first counts: our own tokens stand at one place of all of them."""
+        return rotary(ids if ids.ndim == 2 else ids[0], self.space.head_dim, self.space.rope_theta)
 
     def project(self, layer: int, x: Float[Tensor, "B T D"], phase: tuple[Tensor, Tensor], condition: Tensor | None) -> QKV:
         part = self._layer(layer)
@@ -97,10 +101,13 @@ class Decoder(Expert):
         part = self._layer(layer)
         x = x + part.attention_norm.gated(part.o(attended), condition)
         left, right = part.gate_up(part.ffn_norm.modulated(x, condition)).chunk(2, dim=-1)
-        return x + part.ffn_norm.gated(part.down(F.silu(left) * right), condition)
+        return x + part.ffn_norm.gated(part.down(self._activate(left) * right), condition)
 
     def final(self, x: Float[Tensor, "B T D"], condition: Tensor | None) -> Float[Tensor, "B T D"]:
         return self.final_norm.modulated(x, condition)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        return F.silu(x) if self.config.activation == "silu" else F.gelu(x, approximate="tanh")
 
     def _layer(self, index: int) -> DecoderLayer:
         return cast(DecoderLayer, self.layers[index])

@@ -1,11 +1,9 @@
 """A transformers VLM as an expert: its own modules do every step but the joint attention.
 
-One small adapter per *architecture family* names where a family keeps its parts; nothing of transformers is copied or
-patched.
+One small adapter per *architecture family* (``families.py``) names where a family keeps its parts; nothing of transformers is
+copied or patched.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +15,8 @@ from ...errors import UserError
 from ..attention import rotate
 from ..spec import PretrainedExpert, Space
 from ..weights.references import resolve_weights
-from .base import QKV, Expert
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where an architecture keeps its parts.
-
-    Attributes:
-        text: the model -> its text transformer (``embed_tokens``, ``layers``, ``norm``).
-        images: (model, pixels (B*V, 3, H, W) as its processor normalises them) -> image tokens (B*V, T, D).
-    """
-
-    text: Callable[[Any], Any]
-    images: Callable[[Any, Tensor], Tensor]
-
-
-def _smolvlm_images(model: Any, pixels: Tensor) -> Tensor:
-    vision = model.model.vision_model
-    side = vision.config.patch_size
-    patches = torch.ones(pixels.shape[0], pixels.shape[2] // side, pixels.shape[3] // side, dtype=torch.bool, device=pixels.device)
-    return model.model.connector(vision(pixel_values=pixels, patch_attention_mask=patches).last_hidden_state)
-
-
-_LLAMA_TEXT = Family(text=lambda model: model.model.text_model, images=_smolvlm_images)
-FAMILIES: dict[str, Family] = {"smolvlm": _LLAMA_TEXT, "idefics3": _LLAMA_TEXT}
-"""transformers ``model_type`` -> its family."""
+from .base import QKV, Expert, Prompt
+from .families import FAMILIES, Family, positions
 
 
 class PretrainedVLM(Expert):
@@ -56,12 +30,10 @@ class PretrainedVLM(Expert):
         super().__init__()
         self.folder: Path = resolve_weights(config.reference, "vlm")
         self.model, self.family = _load(self.folder, config.fresh)
-        text_config = self.model.config.text_config
+        text_config = self.model.config.get_text_config()
         self.width: int = text_config.hidden_size
         self.depth: int = text_config.num_hidden_layers
-        self.head_dim: int = text_config.head_dim
-        vision = self.model.config.vision_config
-        self.image_tokens: int = (vision.image_size // vision.patch_size // self.model.config.scale_factor) ** 2
+        self.head_dim: int = getattr(text_config, "head_dim", None) or self.width // text_config.num_attention_heads
         self.frozen = config.frozen
         if config.frozen:
             self.requires_grad_(False)
@@ -70,21 +42,39 @@ class PretrainedVLM(Expert):
     @property
     def space(self) -> Space:
         """The attention space that these weights were trained in."""
-        config = self.model.config.text_config
+        config = self.model.config.get_text_config()
         theta = config.rope_parameters["rope_theta"]
         return Space(heads=config.num_attention_heads, kv_heads=config.num_key_value_heads, head_dim=self.head_dim, rope_theta=theta)
+
+    @property
+    def image_token(self) -> int:
+        """The id that stands for an image token in a prompt."""
+        return int(self.model.config.image_token_id)
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens of an image of ``size`` (Y, X)."""
+        return self.family.grid(self.model, size)
 
     def train(self, mode: bool = True) -> "PretrainedVLM":
         """A frozen expert stays in evaluation mode."""
         return super().train(mode and not self.frozen)
 
-    def embed(self, images: UInt8[Tensor, "B V 3 Y X"], ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    def normalise(self, images: UInt8[Tensor, "*S 3 Y X"]) -> Float[Tensor, "*S 3 Y X"]:
+        """Pixels as the family's processor makes them."""
+        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.family.mean, self.family.std))
+        return (images.float() / 255 - mean) / std
+
+    def embed(self, images: UInt8[Tensor, "B V 3 Y X"], ids: Int[Tensor, "B T"], present: Bool[Tensor, "B T"] | None) -> Prompt:
         """Prompt embeddings: text tokens, with the image tokens of the V views put in their places in order."""
-        pixels = images.flatten(0, 1).float() / 127.5 - 1.0  # the processor's mean and std are 0.5 (checked at load)
-        features = self.family.images(self.model, pixels)
-        text = self.family.text(self.model).embed_tokens(ids)
-        slots = (ids == self.model.config.image_token_id)[..., None]
-        return text.masked_scatter(slots, features.to(text.dtype))
+        seen = self.family.images(self.model, self.normalise(images.flatten(0, 1)))
+        slots = ids == self.image_token
+        text = self.family.text(self.model).embed_tokens(torch.where(slots, 0, ids))  # an image's id may lie outside the vocabulary
+        put = lambda base, part: base.masked_scatter(slots[..., None], part.to(base.dtype))  # noqa: E731
+        inject = tuple(put(torch.zeros_like(text), part) for part in seen.inject)
+        if self.family.axes == 1:
+            return Prompt(put(text, seen.tokens), inject)
+        here = torch.ones_like(slots) if present is None else present
+        return Prompt(put(text, seen.tokens), inject, positions(slots, here, self.grid((images.shape[-2], images.shape[-1]))))
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T Z"]:
         """Vocabulary scores of final hidden states."""
@@ -94,12 +84,19 @@ class PretrainedVLM(Expert):
         """A pretrained VLM knows no flow time."""
         return None
 
+    def phase(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if self.family.axes > 1 and ids.ndim == 2:
+            ids = ids.expand(self.family.axes, -1, -1)
+        return self.family.phase(self.family.text(self.model), x, ids)
+
     def project(self, layer: int, x: Float[Tensor, "B T D"], phase: tuple[Tensor, Tensor], condition: Tensor | None) -> QKV:
         part = self.family.text(self.model).layers[layer]
+        own = part.self_attn
         normed = part.input_layernorm(x)
-        linears = (part.self_attn.q_proj, part.self_attn.k_proj, part.self_attn.v_proj)
-        q, k, v = (linear(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for linear in linears)
-        return rotate(q, phase), rotate(k, phase), v
+        q, k, v = (linear(normed).unflatten(-1, (-1, self.head_dim)) for linear in (own.q_proj, own.k_proj, own.v_proj))
+        if hasattr(own, "q_norm"):  # per head, where the architecture has it
+            q, k = own.q_norm(q), own.k_norm(k)
+        return rotate(q.transpose(1, 2), phase), rotate(k.transpose(1, 2), phase), v.transpose(1, 2)
 
     def finish(
         self, layer: int, x: Float[Tensor, "B T D"], attended: Float[Tensor, "B T NH"], condition: Tensor | None
@@ -118,14 +115,16 @@ class PromptEncoder:
     The ids depend on the text alone, so each text is encoded once and kept.
     """
 
-    def __init__(self, folder: Path, length: int) -> None:
+    def __init__(self, vlm: PretrainedVLM, length: int) -> None:
         from transformers import AutoProcessor
 
+        folder, family = vlm.folder, vlm.family
         self.processor: Any = AutoProcessor.from_pretrained(folder)
         images = self.processor.image_processor
-        if list(images.image_mean) != [0.5] * 3 or list(images.image_std) != [0.5] * 3:
+        if tuple(images.image_mean) != family.mean or tuple(images.image_std) != family.std:
             raise UserError(
-                f"{folder}: images are normalised with mean {images.image_mean} and std {images.image_std}; only 0.5 is supported"
+                f"{folder}: images are normalised with mean {images.image_mean} and std {images.image_std}, its family uses "
+                f"{family.mean} and {family.std}; correct the processor's configuration"
             )
         self.side = int(images.size["longest_edge"])
         self.length = length

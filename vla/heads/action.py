@@ -11,9 +11,10 @@ from ..flow import sinusoid
 class StateEncoder(nn.Module):
     """Normalised proprioception (B, S) -> one token (B, 1, D)."""
 
-    def __init__(self, state_dim: int, width: int) -> None:
+    def __init__(self, state_dim: int, width: int, linear: bool = False) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(state_dim, width), nn.SiLU(), nn.Linear(width, width))
+        deep = () if linear else (nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(state_dim, width), *deep)
 
     def forward(self, state: Float[Tensor, "B S"]) -> Float[Tensor, "B 1 D"]:
         return self.mlp(state)[:, None]
@@ -22,20 +23,23 @@ class StateEncoder(nn.Module):
 class ActionHead(nn.Module):
     """Noisy action chunks to tokens, hidden states to velocities.
 
-    With ``concat_time`` the flow time joins each action by an MLP (pi0); otherwise the expert's norms carry it (pi0.5).
+    With ``time_of`` the flow time joins each action by an MLP (pi0); otherwise the expert's norms carry it (pi0.5), and a
+    ``linear`` encoder does without the MLP.
     """
 
-    def __init__(self, action_dim: int, width: int, concat_time: bool) -> None:
+    def __init__(self, action_dim: int, width: int, time_of: str | None, linear: bool = False) -> None:
         super().__init__()
-        self.width, self.concat_time = width, concat_time
+        self.width, self.time_of = width, time_of
         self.into = nn.Linear(action_dim, width)
-        self.mix = nn.Sequential(nn.Linear(2 * width if concat_time else width, width), nn.SiLU(), nn.Linear(width, width))
+        inner = width if time_of is None else 2 * width
+        self.mix = nn.Identity() if linear else nn.Sequential(nn.Linear(inner, width), nn.SiLU(), nn.Linear(width, width))
         self.out = nn.Linear(width, action_dim)
 
     def encode(self, noisy: Float[Tensor, "B C A"], time: Float[Tensor, "B C"]) -> Float[Tensor, "B C D"]:
         x = self.into(noisy)
-        if self.concat_time:
-            x = torch.cat([x, sinusoid(time, self.width).to(x.dtype)], dim=-1)
+        if self.time_of is not None:
+            features = sinusoid(time if self.time_of == "t" else 1 - time, self.width)
+            x = torch.cat([x, features.to(x.dtype)], dim=-1)
         return self.mix(x)
 
     def velocity(self, hidden: Float[Tensor, "B C D"]) -> Float[Tensor, "B C A"]:

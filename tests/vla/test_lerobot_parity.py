@@ -1,0 +1,126 @@
+"""The same weights in lerobot's own pi0 and pi0.5 and in ours: joint forward, cached denoising, gradients."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from triune.vla import Inputs, build
+from triune.vla.engine import infer
+from triune.vla.experts import PretrainedVLM
+from triune.vla.model import Model, Targets
+from triune.vla.weights.lerobot import pi_weights
+
+WIDTH, EXPERT, HEADS, DIM, DEPTH = 32, 24, 8, 8, 3
+VIEWS, CHUNK, ACTION, SIDE, WORDS = 2, 5, 6, 28, 7
+
+
+def _peer(kind: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """lerobot's network with a small tower, projector and vocabulary; its classes read these sizes from module globals."""
+    import importlib
+
+    from transformers import GemmaConfig, PaliGemmaConfig
+
+    module = importlib.import_module(f"lerobot.policies.{kind}.modeling_{kind}")
+    config_class = getattr(importlib.import_module(f"lerobot.policies.{kind}"), {"pi0": "PI0Config", "pi05": "PI05Config"}[kind])
+    tower = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14}
+    vision = {**tower, "image_size": SIDE, "projection_dim": WIDTH, "model_type": "siglip_vision_model", "vision_use_head": False}
+
+    def paligemma() -> Any:
+        return PaliGemmaConfig(text_config=GemmaConfig(rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}), vision_config=vision)
+
+    monkeypatch.setattr(module, "CONFIG_MAPPING", {"paligemma": paligemma, "gemma": GemmaConfig})
+    variants = {"gemma_2b": (WIDTH, DEPTH, 40), "gemma_300m": (EXPERT, DEPTH, 36)}
+    sizes = lambda name: module.GemmaConfig(*variants[name], HEADS, 1, DIM)  # noqa: E731
+    monkeypatch.setattr(module, "get_gemma_config", sizes)
+    config = config_class(chunk_size=CHUNK, n_action_steps=CHUNK, max_action_dim=ACTION, max_state_dim=ACTION, image_resolution=(SIDE, SIDE))
+    config.dtype, config.device = "float32", "cpu"
+    torch.manual_seed(0)
+    peer = getattr(module, {"pi0": "PI0Pytorch", "pi05": "PI05Pytorch"}[kind])(config)
+    body = peer.paligemma_with_expert.paligemma
+    body.config.projection_dim = body.config.vision_config.projection_dim = WIDTH  # lerobot writes 2048 whatever the width is
+    body.model.multi_modal_projector.linear = torch.nn.Linear(24, WIDTH)
+    for name, parameter in peer.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.02 if "embed_tokens" in name else 0.2)
+    return peer.eval()
+
+
+def _ours(kind: str, peer: Any, folder: Path, make_spec: Callable[..., Any]) -> Model:
+    """Our model of the same sizes with the peer's weights."""
+    peer.paligemma_with_expert.paligemma.config.save_pretrained(folder)
+    timed = {"time": "adaptive_norm"} if kind == "pi05" else {}
+    act = {"width": EXPERT, "depth": DEPTH, "ffn": 36, "qk_norm": False, "activation": "gelu_tanh", "time_of": "1-t"} | timed
+    grid = (SIDE // 14) ** 2
+    action = {"expert": "act", "tokens": "actions", "length": CHUNK, "encoder": "linear" if timed else "mlp", "block": None}
+    spec = make_spec(
+        space={"heads": HEADS, "kv_heads": 1, "head_dim": DIM},
+        experts={"und": {"weights": f"random:path:{folder}", "frozen": False}, "gen": None, "act": act | {"time": timed.get("time", "none")}},
+        streams={
+            "obs": {"length": VIEWS * grid + WORDS},
+            "future": None,
+            "state": None if timed else {"encoder": "linear", "positions": "continue"},
+            "action": action,
+        },
+        edges={
+            "obs": {"obs": "full"},
+            "future": None,
+            "state": None if timed else {"obs": "full"},
+            "action": {"future": None, "state": None if timed else "full"},
+        },
+        heads={"future": None, "action": {"action_dim": ACTION}},
+        state_dim=ACTION,
+    )
+    model = build(spec)
+    model.load_state_dict(pi_weights(peer.state_dict()))
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_pi(kind: str, make_spec: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = _peer(kind, monkeypatch)
+    ours = _ours(kind, peer, tmp_path, make_spec)
+    rng = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (2, VIEWS, 3, SIDE, SIDE), generator=rng, dtype=torch.uint8)
+    words = torch.randint(0, 999, (2, WORDS), generator=rng)
+    masks = torch.ones(2, WORDS, dtype=torch.bool)
+    masks[1, 4:] = False  # a shorter text ...
+    seen = torch.tensor([[True, True], [True, False]])  # ... and a camera that is not there
+    state, noise, actions = (torch.randn(*shape, ACTION, generator=rng) for shape in ((2,), (2, CHUNK), (2, CHUNK)))
+    time = torch.tensor([0.3, 0.8])
+    vlm = ours.vlm("obs")
+    assert isinstance(vlm, PretrainedVLM)
+    grid = (SIDE // 14) ** 2
+    pixels = list(vlm.normalise(images).unbind(1))
+    theirs_in = (pixels, list(seen.unbind(1)), words, masks, *([] if kind == "pi05" else [state]))
+    ids = torch.cat([torch.full((2, VIEWS * grid), vlm.image_token), words], dim=1)
+    present = torch.cat([seen.repeat_interleave(grid, dim=1), masks], dim=1)
+    inputs = Inputs(images, ids, present, None if kind == "pi05" else state)
+
+    # joint forward and loss, with noise at t = 1 there and at t = 0 here
+    theirs = peer.forward(*theirs_in, actions, noise, time)
+    targets = Targets(actions, torch.ones(2, CHUNK, dtype=torch.bool), torch.empty(0))
+    loss = ours.losses(inputs, targets, noise, (1 - time)[:, None].expand(2, CHUNK))["loss"]
+    assert float(loss.detach()) == pytest.approx(float(theirs.mean().detach()), abs=1e-5)
+
+    # gradients of that loss
+    theirs.mean().backward()
+    loss.backward()
+    mine = dict(ours.named_parameters())
+    scale = max(float(p.grad.abs().max()) for p in peer.parameters() if p.grad is not None)
+    compared = 0
+    for name, gradient in pi_weights({n: p.grad for n, p in peer.named_parameters() if p.grad is not None}).items():
+        if name in mine and "norm" not in name and "out." not in name:  # these change their sign or their origin
+            assert float((mine[name].grad - gradient).abs().max()) < 1e-4 * scale, name
+            compared += 1
+    assert compared > 30
+
+    # denoising on cached keys, from the same noise
+    with torch.no_grad():
+        chunk = peer.sample_actions(*theirs_in, noise=noise, num_steps=10)
+    assert float((chunk - infer(ours, inputs, noise, steps=10).actions).abs().max()) < 1e-5
+    hidden = replace(inputs, present=torch.ones_like(present))
+    assert float((chunk - infer(ours, hidden, noise, steps=10).actions).abs().max()) > 1e-4  # padding matters
