@@ -238,6 +238,12 @@ def build(spec: Spec, seed: int = 0) -> Model:
         return Model(spec)
 
 
+def sketch(spec: Spec) -> Model:
+    """The model of ``spec`` on the meta device: all names and shapes, no weights, no memory."""
+    with torch.device("meta"):
+        return Model(spec)
+
+
 def _expert(config: PretrainedExpert | DecoderExpert, spec: Spec) -> Expert:
     if isinstance(config, PretrainedExpert):
         return PretrainedVLM(config)

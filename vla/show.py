@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .graph import Graph
-from .model import Model, build
+from .model import Model, sketch
 from .spec import DecoderExpert, Spec, load_spec
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ RELATION_COLOURS = {"full": "#4477aa", "causal": "#66ccee", "block_causal": "#22
 def facts(spec: Spec, model: Model | None = None) -> dict[str, Any]:
     """Everything that ``vla model show`` prints, as data: streams, matrix, phases with what they keep, parameters."""
     graph = Graph(spec)
-    model = model or build(spec)
+    model = model or sketch(spec)
     kept = graph.cached()
     counts = {}
     for name, expert in model.mot.experts.items():

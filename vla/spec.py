@@ -39,12 +39,18 @@ class PretrainedExpert(Strict):
     """A transformers VLM: its own modules, its own sizes.
 
     ``weights`` is ``embedded:v1``, ``path:<dir>``, ``hf:<id>@<revision>``, or ``random:<one of these>`` for the same
-    architecture with fresh weights (a control).
+    architecture with fresh weights: a control, or with ``random:config:<name>`` a published architecture to load weights into.
     """
 
     kind: Literal["pretrained"] = "pretrained"
     weights: str
     frozen: bool = True
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> "PretrainedExpert":
+        if self.weights.startswith("config:"):
+            raise ValueError(f"'{self.weights}' is an architecture without weights; write 'random:{self.weights}' for fresh ones")
+        return self
 
     @property
     def fresh(self) -> bool:

@@ -51,6 +51,12 @@ class PretrainedVLM(Expert):
         """The id that stands for an image token in a prompt."""
         return int(self.model.config.image_token_id)
 
+    @property
+    def side(self) -> int | None:
+        """The side of the square images that it was made for; None where any will do."""
+        size = getattr(self.model.config.vision_config, "image_size", None)
+        return size[0] if isinstance(size, list | tuple) else size
+
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of tokens of an image of ``size`` (Y, X)."""
         return self.family.grid(self.model, size)
@@ -170,7 +176,7 @@ def _load(folder: Path, fresh: bool) -> tuple[Any, Family]:
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in FAMILIES:
         raise UserError(f"{folder} is a '{config.model_type}' model; known families: {', '.join(FAMILIES)}")
-    if fresh:  # always the same weights, so that a frozen random expert need not be stored
+    if fresh or torch.get_default_device().type == "meta":  # always the same weights, so that a frozen random expert need not be stored
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa")

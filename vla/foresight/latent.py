@@ -27,11 +27,11 @@ class LatentForesight(nn.Module):
     def __init__(self, head: LatentHead, width: int, length: int, sees: bool = False) -> None:
         super().__init__()
         self.head = head
-        autoencoder = _load(head.autoencoder)
-        object.__setattr__(self, "autoencoder", autoencoder)
-        self.channels: int = autoencoder.config.latent_channels
-        self.mean, self.std = _scales(autoencoder)
-        with torch.no_grad():
+        with torch.device("cpu"), torch.no_grad():  # it is small, so it is real in a sketch too
+            autoencoder = _load(head.autoencoder)
+            object.__setattr__(self, "autoencoder", autoencoder)
+            self.channels: int = autoencoder.config.latent_channels
+            self.mean, self.std = _scales(autoencoder)
             self.grid = autoencoder.encode(torch.zeros(1, 3, head.image_size, head.image_size)).latents.shape[-1]
         per_camera = (self.grid // head.patch) ** 2
         if self.grid % head.patch or per_camera * len(head.cameras) != length:

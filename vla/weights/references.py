@@ -3,6 +3,7 @@
 ``embedded:v1``             shipped with the package: ``vla/assets/embedded_vlm/v1``, ``vla/assets/autoencoder/v1``
 ``path:<folder>``           a local folder
 ``hf:<id>@<revision>``      a snapshot from the Hugging Face hub: from the local cache, or downloaded
+``config:<name>``           a published architecture without weights: ``vla/assets/architectures/<name>``, only as ``random:config:<name>``
 """
 
 import hashlib
@@ -64,6 +65,8 @@ def resolve_weights(ref: str, kind: Kind) -> Path:
     scheme, _, name = ref.partition(":")
     if scheme == "embedded" and name:
         return _embedded(name, kind)
+    if scheme == "config" and name:
+        return _architecture(name)
     if scheme == "path" and name:
         folder = Path(name).expanduser()
         if not folder.is_dir():
@@ -92,6 +95,14 @@ def _embedded(version: str, kind: Kind) -> Path:
     if not folder.is_dir() or folder.parent != root:
         known = ", ".join(sorted(f"embedded:{path.name}" for path in root.glob("v*"))) or "none"
         raise UserError(f"no {kind} weights 'embedded:{version}' are installed (there are: {known}); use one of them, or update triune-vla")
+    return folder
+
+
+def _architecture(name: str) -> Path:
+    folder = ASSETS / "architectures" / name
+    if not (folder / "config.json").is_file() or folder.parent.name != "architectures":
+        known = ", ".join(sorted(path.name for path in (ASSETS / "architectures").iterdir()))
+        raise UserError(f"there is no architecture 'config:{name}' (there are: {known}); use one of them, or path:<folder>")
     return folder
 
 
