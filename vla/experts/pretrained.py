@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..attention import rotate
 from ..spec import PretrainedExpert, Space
-from ..weights.references import resolve_weights
+from ..weights.references import resolve_architecture, resolve_weights
 from .base import QKV, Expert, Prompt
 from .families import FAMILIES, Family, positions
 
@@ -28,8 +28,9 @@ class PretrainedVLM(Expert):
 
     def __init__(self, config: PretrainedExpert) -> None:
         super().__init__()
-        self.folder: Path = resolve_weights(config.reference, "vlm")
-        self.model, self.family = _load(self.folder, config.fresh)
+        sketched = torch.get_default_device().type == "meta"  # names and shapes alone
+        self.folder: Path = resolve_architecture(config.reference) if sketched else resolve_weights(config.reference, "vlm")
+        self.model, self.family = _load(self.folder, config.fresh or sketched)
         text_config = self.model.config.get_text_config()
         self.width: int = text_config.hidden_size
         self.depth: int = text_config.num_hidden_layers
@@ -176,7 +177,7 @@ def _load(folder: Path, fresh: bool) -> tuple[Any, Family]:
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in FAMILIES:
         raise UserError(f"{folder} is a '{config.model_type}' model; known families: {', '.join(FAMILIES)}")
-    if fresh or torch.get_default_device().type == "meta":  # always the same weights, so that a frozen random expert need not be stored
+    if fresh:  # always the same weights, so that a frozen random expert need not be stored
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa")

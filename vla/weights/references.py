@@ -16,6 +16,8 @@ from ...errors import UserError
 Kind = Literal["vlm", "autoencoder"]
 ASSETS = Path(__file__).parents[1] / "assets"
 EMBEDDED: dict[Kind, str] = {"vlm": "embedded_vlm", "autoencoder": "autoencoder"}
+PUBLISHED = {"Qwen/Qwen3-VL-2B-Instruct": "qwen3_vl_2b", "google/paligemma-3b-pt-224": "paligemma_3b_224"}
+"""Hub id -> its architecture in ``assets/architectures``."""
 NOTES = ("*.md", "training.json")
 """Files that tell of weights and do not change them."""
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack"]  # never downloaded: safetensors only
@@ -76,6 +78,16 @@ def resolve_weights(ref: str, kind: Kind) -> Path:
     if scheme == "hf" and repository and revision:
         return _hub(repository, revision, ref)
     raise UserError(f"'{ref}' does not name {kind} weights; write embedded:<version>, path:<folder> or hf:<id>@<revision>")
+
+
+def resolve_architecture(ref: str) -> Path:
+    """A folder with the ``config.json`` of VLM weights, from the package where a hub id is known: sizes need no download.
+
+    Raises:
+        UserError: as ``resolve_weights``.
+    """
+    repository = ref.removeprefix("hf:").partition("@")[0]
+    return _architecture(PUBLISHED[repository]) if repository in PUBLISHED else resolve_weights(ref, "vlm")
 
 
 def digest(folder: Path) -> str:
