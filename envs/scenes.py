@@ -1,8 +1,9 @@
 """Annotated pictures of tables and robots: what the embedded VLM and the autoencoder are trained on.
 
 A *scene* is one moment of a world seen by its cameras, with what is in it: name, colour, shape, size, place in every
-image. In the tabletop kinds nothing is simulated: objects are teleported and the arm is posed (above, around or holding an object, or
-somewhere), so a scene costs little more than its images, and of each thing it is known how many pixels show it. Scene ``i`` is a function of ``seed + i`` alone.
+image. In the tabletop kinds nothing is simulated: objects are teleported and the arm is posed (above, around or holding an
+object, or somewhere), so a scene costs little more than its images, and of each thing it is known how many pixels show it.
+Scene ``i`` is a function of ``seed + i`` alone.
 
 Kinds (``vla data record scenes:<kind>``): ``cubes`` (the look of the ``cubes/*`` worlds, two cubes, sometimes
 something else too), ``tabletop`` (2-4 objects of any colour and shape, any look), ``rollouts`` and ``metaworld`` (frames of

@@ -211,7 +211,9 @@ def own_task(kind: str) -> Any:
 
 
 def _object(thing: Thing) -> Any:
-    kind = {"cube": BoxObject, "ball": BallObject, "cylinder": CylinderObject, "plate": CylinderObject, "capsule": CapsuleObject}[thing.shape]
+    kind = {"cube": BoxObject, "ball": BallObject, "cylinder": CylinderObject, "plate": CylinderObject, "capsule": CapsuleObject}[
+        thing.shape
+    ]
     return kind(name=thing.name, size=list(thing.dimensions), rgba=[*COLOURS[thing.colour], 1.0])
 
 

@@ -90,8 +90,9 @@ class Stream(Strict):
     ``tokens``: ``prompt`` (images and text through the VLM's own embedding), ``state`` (one token of proprioception),
     ``actions`` (one token per chunk step), ``queries`` (learned), ``latents`` (the present frames in the latents of the
     foresight head's autoencoder; the head then predicts their change). ``length`` is the token count; the prompt's is its
-    padded length. ``encoder``: how states and actions become tokens. ``block`` is the block size of ``block_causal`` and ``own_block`` relations. ``positions``:
-    ``continue`` counts on after all earlier streams (absent tokens are skipped), ``restart`` begins at 0.
+    padded length. ``encoder``: how states and actions become tokens. ``block`` is the block size of ``block_causal`` and
+    ``own_block`` relations. ``positions``: ``continue`` counts on after all earlier streams (absent tokens are skipped),
+    ``restart`` begins at 0.
     """
 
     expert: str
@@ -180,7 +181,9 @@ class Spec(Strict):
             expert = self.experts[stream.expert]
             timed = isinstance(expert, DecoderExpert) and expert.time != "none"
             if stream.tokens == "actions" and stream.encoder == "linear" and not timed:
-                raise ValueError(f"streams.{name}.encoder is linear, so expert '{stream.expert}' must carry the flow time: time: adaptive_norm")
+                raise ValueError(
+                    f"streams.{name}.encoder is linear, so expert '{stream.expert}' must carry the flow time: time: adaptive_norm"
+                )
             if stream.tokens in ("queries", "latents") and name not in self.heads:
                 raise ValueError(f"streams.{name} holds {stream.tokens}, which a latent head makes: add heads.{name}")
         depths = {e.depth for e in self.experts.values() if isinstance(e, DecoderExpert)}

@@ -6,11 +6,12 @@ is exactly what it computes when that turn stands alone.
 
 Asking for a place by name is a long plateau to a fresh network, so the image tokens are also taught directly (``Finder``):
 each scores whether it holds the centre of a red cube, a blue plate, ... and where in it, and names the colour and the shape
-of what it holds. The finder is thrown away after training. And two heads are shown where to look (``guide_weight``): in the ``guided`` layers a slot, or the
-end of a noun phrase, at the image token of its thing; an answer, in the last of these layers, at what its question names
-(one head at the first noun or coordinate, one at the second), and in the last layer of all at the image token that it is
-about. 300 steps without finder and guides left the pointing error at 10 % of the width, and 400 without the guide from
-answers to nouns left "is the red cube left of the green cube ?" at chance although both cubes were found.
+of what it holds. The finder is thrown away after training. And two heads are shown where to look (``guide_weight``): in the
+``guided`` layers a slot, or the end of a noun phrase, at the image token of its thing; an answer, in the last of these
+layers, at what its question names (one head at the first noun or coordinate, one at the second), and in the last layer of
+all at the image token that it is about. 300 steps without finder and guides left the pointing error at 10 % of the width,
+and 400 without the guide from answers to nouns left "is the red cube left of the green cube ?" at chance although both
+cubes were found.
 
 Coordinates are learned with soft labels over the location tokens (a Gaussian of ``sigma`` bins about the exact value),
 and also from the hidden states *before* the last layers (``exits``): another expert that reads this one's keys and
@@ -126,7 +127,9 @@ class Reader(nn.Module):
         vision = vlm.model.vision_model
         vision.embeddings.register_forward_hook(lambda _, inputs, out: out.to(vision.post_layernorm.weight.dtype))
 
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, positions: Tensor, want: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+    def forward(
+        self, images: Tensor, ids: Tensor, mask: Tensor, positions: Tensor, want: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
         """What the finder found; logits (N, vocabulary) at ``want``, of the model, then of each exit."""
         core = self.vlm.model
         features = core.get_image_features(images).pooler_output

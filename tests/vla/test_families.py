@@ -10,8 +10,8 @@ import torch
 from triune.vla import build
 from triune.vla.experts import PretrainedVLM
 from triune.vla.experts.families import FAMILIES, Seen, flat_patches, positions
-from triune.vla.spec import PretrainedExpert
 from triune.vla.proofs import TOLERANCE, cache_equivalence, expert_parity, gradient_probe, probe
+from triune.vla.spec import PretrainedExpert
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
@@ -167,7 +167,10 @@ def _published(name: str) -> Any:
             return hf.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
         case "Qwen2.5-VL-3B":
             text = {"hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16, **qwen}
-            text |= {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+            text |= {
+                "num_key_value_heads": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            }
             vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048}
             return hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
         case "PaliGemma-3B-224":
@@ -176,6 +179,11 @@ def _published(name: str) -> Any:
             vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "patch_size": 14}
             vision |= {"image_size": 224, "projection_dim": 2048, "model_type": "siglip_vision_model", "vision_use_head": False}
             return hf.PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=2048, hidden_size=2048)
+        case "InternVL3.5-2B":
+            text = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, "head_dim": 128}
+            text = hf.Qwen3Config(**text, num_key_value_heads=8, vocab_size=151_936)
+            vision = hf.InternVLVisionConfig(image_size=[448, 448], patch_size=[14, 14])  # InternViT-300M
+            return hf.InternVLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
         case _:
             text = {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15, "head_dim": 64}
             text |= {"num_key_value_heads": 5, "vocab_size": 49_280, "model_type": "llama"}
@@ -189,6 +197,7 @@ def _published(name: str) -> Any:
         ("Qwen3-VL-2B", 2_127_532_032),
         ("Qwen3-VL-4B", 4_437_815_808),
         ("Qwen2.5-VL-3B", 3_754_622_976),
+        ("InternVL3.5-2B", 2_348_273_664),  # its card: 2.35 B
         ("PaliGemma-3B-224", 2_923_466_480),
         ("SmolVLM2-500M", 507_482_304),
     ],

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from triune.vla import Inputs, build
 from triune.vla.engine import infer
@@ -31,13 +30,17 @@ def _peer(kind: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     vision = {**tower, "image_size": SIDE, "projection_dim": WIDTH, "model_type": "siglip_vision_model", "vision_use_head": False}
 
     def paligemma() -> Any:
-        return PaliGemmaConfig(text_config=GemmaConfig(rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}), vision_config=vision)
+        return PaliGemmaConfig(
+            text_config=GemmaConfig(rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}), vision_config=vision
+        )
 
     monkeypatch.setattr(module, "CONFIG_MAPPING", {"paligemma": paligemma, "gemma": GemmaConfig})
     variants = {"gemma_2b": (WIDTH, DEPTH, 40), "gemma_300m": (EXPERT, DEPTH, 36)}
     sizes = lambda name: module.GemmaConfig(*variants[name], HEADS, 1, DIM)  # noqa: E731
     monkeypatch.setattr(module, "get_gemma_config", sizes)
-    config = config_class(chunk_size=CHUNK, n_action_steps=CHUNK, max_action_dim=ACTION, max_state_dim=ACTION, image_resolution=(SIDE, SIDE))
+    config = config_class(
+        chunk_size=CHUNK, n_action_steps=CHUNK, max_action_dim=ACTION, max_state_dim=ACTION, image_resolution=(SIDE, SIDE)
+    )
     config.dtype, config.device = "float32", "cpu"
     torch.manual_seed(0)
     peer = getattr(module, {"pi0": "PI0Pytorch", "pi05": "PI05Pytorch"}[kind])(config)
@@ -58,7 +61,11 @@ def _ours(kind: str, peer: Any, folder: Path, make_spec: Callable[..., Any]) -> 
     action = {"expert": "act", "tokens": "actions", "length": CHUNK, "encoder": "linear" if timed else "mlp", "block": None}
     spec = make_spec(
         space={"heads": HEADS, "kv_heads": 1, "head_dim": DIM},
-        experts={"und": {"weights": f"random:path:{folder}", "frozen": False}, "gen": None, "act": act | {"time": timed.get("time", "none")}},
+        experts={
+            "und": {"weights": f"random:path:{folder}", "frozen": False},
+            "gen": None,
+            "act": act | {"time": timed.get("time", "none")},
+        },
         streams={
             "obs": {"length": VIEWS * grid + WORDS},
             "future": None,

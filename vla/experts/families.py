@@ -123,9 +123,7 @@ def _tower_images(model: Any, pixels: Tensor) -> Seen:
 def _internvl_images(model: Any, pixels: Tensor) -> Seen:
     config = model.config
     layer, select = config.vision_feature_layer, config.vision_feature_select_strategy
-    features = model.model.get_image_features(
-        pixels, vision_feature_layer=layer, vision_feature_select_strategy=select, return_dict=True
-    )
+    features = model.model.get_image_features(pixels, vision_feature_layer=layer, vision_feature_select_strategy=select, return_dict=True)
     return Seen(features.pooler_output)
 
 
