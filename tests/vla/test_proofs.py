@@ -77,8 +77,8 @@ def test_the_cache_check_notices_moved_positions(make_spec, monkeypatch: pytest.
     model = build(make_spec())
     right = model.graph.positions
 
-    def moved(present, batch, device=None):
-        out = right(present, batch, device)
+    def moved(*given):
+        out = right(*given)
         calls.append(1)
         return out if len(calls) == 1 else out | {"action": out["action"] + 7}
 
