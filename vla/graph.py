@@ -21,6 +21,22 @@ class Own:
     reach: Tensor
 
 
+Edges = frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the backbone.
+
+    Attributes:
+        layers: expert -> which of its layers runs; those not named rest.
+        edges: (row, col) of the streams that read each other in it.
+    """
+
+    layers: Mapping[str, int]
+    edges: Edges
+
+
 class Graph:
     """The attention graph of a spec.
 
@@ -56,27 +72,54 @@ class Graph:
             plan[name] = tuple(s for s in phase.streams if any((row, s) in self.edges for row in readers))
         return plan
 
+    def steps(self, depths: Mapping[str, int]) -> list[Step]:
+        """What runs in each step of the backbone, and who reads whom there, for experts of the given depths.
+
+        Raises:
+            UserError: depths differ and nothing says how they meet, or an expert meets others where none of its layers runs.
+        """
+        couple = self.spec.couple
+        loose = [name for name in depths if name not in couple]
+        if len({depths[name] for name in loose}) > 1:
+            raise UserError(
+                f"{self.spec.name}: the experts' depths differ ({', '.join(f'{n} {depths[n]}' for n in loose)}), so their layers do not meet "
+                "one to one; say in couple where they stand (first, every, joint)"
+            )
+        where = {name: range(c.first, c.first + c.every * depths[name], c.every) for name, c in couple.items()}
+        where |= {name: range(depths[name]) for name in loose}
+        for name, c in couple.items():
+            if c.joint is not None and not set(range(*c.joint)) & set(where[name]):
+                raise UserError(
+                    f"{self.spec.name}: couple.{name}.joint says steps {c.joint[0]} to {c.joint[1] - 1}, where none of its layers runs "
+                    f"(they run in {where[name][0]} to {where[name][-1]})"
+                )
+        last = max(steps[-1] for steps in where.values())
+        return [self._step(number, {n: steps.index(number) for n, steps in where.items() if number in steps}) for number in range(last + 1)]
+
     def mask(
         self,
         rows: Sequence[str],
         cols: Sequence[str],
         present: dict[str, Tensor | None],
         device: torch.device | None = None,
+        edges: Edges | None = None,
     ) -> Tensor | None:
         """Boolean attention mask, True where the row token may read the column token.
 
         Args:
             rows, cols: streams of the queries and of the keys, in order.
             present: stream -> (B, T) presence of its tokens, or None where all are present.
+            edges: those that hold, by default all of the spec.
 
         Returns:
             (B or 1, 1, T_rows, T_cols), or None when every row token reads every column token. A row that could read
             nothing at all (an absent token of its own stream) reads itself, so that softmax stays finite.
         """
-        simple = all((r, c) in self.edges and self.edges[r, c].relation == "full" for r in rows for c in cols)
+        held = self.edges.keys() if edges is None else edges
+        simple = all((r, c) in held and self.edges[r, c].relation == "full" for r in rows for c in cols)
         if simple and all(present.get(c) is None for c in cols):
             return None
-        blocks = [torch.cat([self._block(row, col, device) for col in cols], dim=1) for row in rows]
+        blocks = [torch.cat([self._block(row, col, (row, col) in held, device) for col in cols], dim=1) for row in rows]
         allowed = torch.cat(blocks, dim=0)[None]
         if any(present.get(c) is not None for c in cols):
             batch = next(p.shape[0] for c in cols if (p := present.get(c)) is not None)
@@ -114,25 +157,18 @@ class Graph:
                 offset = offset + reach
         return out
 
-    def reaches(self, layers: int, gradient: bool = False) -> Tensor:
-        """Token-level closure over ``layers`` joint layers: entry (i, j) is True where token i depends on token j.
+    def reaches(self, steps: Sequence[Step], gradient: bool = False) -> Tensor:
+        """Token-level closure over the steps of the backbone: entry (i, j) is True where token i depends on token j.
 
         With ``gradient`` detached edges carry nothing, so the closure says where a gradient can flow.
         """
         sizes = [self.spec.streams[n].length for n in self.names]
-        step = torch.eye(sum(sizes), dtype=torch.bool)
-        mask = self.mask(self.names, self.names, {})
-        allowed = torch.ones_like(step) if mask is None else mask[0, 0].clone()
-        if gradient:
-            starts = dict(zip(self.names, [sum(sizes[:i]) for i in range(len(sizes))], strict=True))
-            for (row, col), edge in self.edges.items():
-                if edge.detach:
-                    r, c = starts[row], starts[col]
-                    allowed[r : r + self.spec.streams[row].length, c : c + self.spec.streams[col].length] = False
-        step = step | allowed
         closure = torch.eye(sum(sizes), dtype=torch.bool)
-        for _ in range(layers):
-            closure = (step.float() @ closure.float()) > 0
+        for step in steps:
+            edges = frozenset(e for e in step.edges if not (gradient and self.edges[e].detach))
+            mask = self.mask(self.names, self.names, {}, edges=edges)
+            allowed = torch.ones_like(closure) if mask is None else mask[0, 0]
+            closure = ((torch.eye(len(closure), dtype=torch.bool) | allowed).float() @ closure.float()) > 0
         return closure
 
     def matrix(self) -> list[list[str]]:
@@ -146,7 +182,23 @@ class Graph:
             "matrix": self.matrix(),
             "phases": {n: p.model_dump(mode="json") for n, p in self.phases.items()},
         }
+        if self.spec.couple:
+            facts["couple"] = {n: c.model_dump(mode="json") for n, c in self.spec.couple.items()}
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+    # steps ----------------------------------------------------------------------------------------------------------
+
+    def _step(self, number: int, layers: dict[str, int]) -> Step:
+        """The step in which ``layers`` run: streams of one expert read each other, those of several where all of them meet."""
+        couple = self.spec.couple
+        meets = {n for n in layers if n not in couple or (j := couple[n].joint) is None or j[0] <= number < j[1]}
+        expert = {name: stream.expert for name, stream in self.spec.streams.items()}
+
+        def holds(row: str, col: str) -> bool:
+            one, other = expert[row], expert[col]
+            return one in layers if one == other else one in meets and other in meets
+
+        return Step(layers, frozenset(edge for edge in self.edges if holds(*edge)))
 
     # derivation -----------------------------------------------------------------------------------------------------
 
@@ -213,10 +265,10 @@ class Graph:
 
     # blocks of the mask ---------------------------------------------------------------------------------------------
 
-    def _block(self, row: str, col: str, device: torch.device | None) -> Tensor:
+    def _block(self, row: str, col: str, held: bool, device: torch.device | None) -> Tensor:
         rows, cols = self.spec.streams[row].length, self.spec.streams[col].length
         edge = self.edges.get((row, col))
-        if edge is None:
+        if edge is None or not held:
             return torch.zeros(rows, cols, dtype=torch.bool, device=device)
         i = torch.arange(rows, device=device)[:, None]
         j = torch.arange(cols, device=device)[None, :]

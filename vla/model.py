@@ -257,6 +257,3 @@ def _check_space(spec: Spec, experts: dict[str, Expert]) -> None:
                 f"{spec.name}: the weights of expert '{name}' live in the attention space {expert.space!r}; "
                 f"set the spec's space to it (it is {spec.space!r})"
             )
-    depths = {name: expert.depth for name, expert in experts.items()}
-    if len(set(depths.values())) > 1:
-        raise UserError(f"{spec.name}: all layers are coupled one to one, but the experts' depths differ: {depths}")

@@ -1,4 +1,4 @@
-"""The Mixture-of-Transformers loop: every layer, each expert projects its own tokens, all attend once, each finishes."""
+"""The Mixture-of-Transformers loop: in every step each expert projects its own tokens, all attend once, each finishes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .attention import attend
 from .experts.base import Expert
-from .graph import Graph, Own
+from .graph import Edges, Graph, Own
 from .modules import ModuleDict
 
 
@@ -53,14 +53,15 @@ Cache = Mapping[str, KV]
 
 
 class MoT(nn.Module):
-    """Experts joined by shared masked attention, layer i with layer i."""
+    """Experts joined by shared masked attention, in steps that say which layer of one meets which of another."""
 
     def __init__(self, graph: Graph, experts: Mapping[str, Expert]) -> None:
         super().__init__()
         self.graph = graph
         self.space = graph.spec.space
         self.experts = ModuleDict(experts)
-        self.depth = next(iter(experts.values())).depth
+        self.steps = graph.steps({name: expert.depth for name, expert in experts.items()})
+        self.owner = {name: stream.expert for name, stream in graph.spec.streams.items()}
 
     def forward(
         self, tokens: Mapping[str, Tokens], cache: Cache, keep: Sequence[str] = (), outputs: Sequence[str] = ()
@@ -69,16 +70,15 @@ class MoT(nn.Module):
 
         Args:
             keep: live streams whose keys and values are returned for later phases.
-            outputs: live streams whose final hidden states are returned; without any, the last layer stops at its keys.
+            outputs: live streams whose final hidden states are returned; without any, the last step stops at its keys.
 
         Returns:
             final hidden states (B, T, D) of ``outputs``; KV of ``keep``.
         """
         owners = self._owners(tokens)
-        live = [name for names in owners.values() for name in names]
-        past = [name for name in self.graph.names if name in cache and any((row, name) in self.graph.edges for row in live)]
-        lengths = [tokens[name].x.shape[1] for name in live]
-        reads = self._reads(live, past, tokens, cache)
+        past = [name for name in self.graph.names if name in cache and any((row, name) in self.graph.edges for row in tokens)]
+        steps = [step for step in self.steps if step.layers.keys() & owners]
+        reads: dict[tuple[Edges, tuple[str, ...]], list[_Read]] = {}
 
         x = {e: torch.cat([tokens[n].x for n in names], dim=1) for e, names in owners.items()}
         phase = {e: self.experts[e].phase(x[e], _joined_positions([tokens[n] for n in names])) for e, names in owners.items()}
@@ -86,19 +86,26 @@ class MoT(nn.Module):
         condition = {e: self.experts[e].condition(_joined_time([tokens[n] for n in names])) for e, names in owners.items()}
         kept: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in keep}
 
-        for layer in range(self.depth):
-            projected = [self.experts[e].project(layer, x[e], phase[e], condition[e]) for e in owners]
+        for step in steps:
+            layers = {e: step.layers[e] for e in owners if e in step.layers}
+            live = [name for e in layers for name in owners[e]]
+            projected = [self.experts[e].project(layer, x[e], phase[e], condition[e]) for e, layer in layers.items()]
+            lengths = [tokens[name].x.shape[1] for name in live]
             q, k, v = (torch.cat(part, dim=2).split(lengths, dim=2) for part in zip(*projected, strict=True))
-            keys = {n: cache[n].keys[layer] for n in past} | dict(zip(live, k, strict=True))
-            values = {n: cache[n].values[layer] for n in past} | dict(zip(live, v, strict=True))
-            for name in keep:
+            ready = {n: step.layers[self.owner[n]] for n in past if self.owner[n] in step.layers}
+            keys = {n: cache[n].keys[layer] for n, layer in ready.items()} | dict(zip(live, k, strict=True))
+            values = {n: cache[n].values[layer] for n, layer in ready.items()} | dict(zip(live, v, strict=True))
+            for name in kept.keys() & live:
                 kept[name][0].append(keys[name])
                 kept[name][1].append(values[name])
-            if layer == self.depth - 1 and not outputs:
+            if step is steps[-1] and not outputs:
                 break
-            attended = self._attend(dict(zip(live, q, strict=True)), keys, values, reads)
-            for e, names in owners.items():
-                x[e] = self.experts[e].finish(layer, x[e], torch.cat([attended[n] for n in names], dim=1), condition[e])
+            alike = (step.edges, tuple(live))
+            if alike not in reads:
+                reads[alike] = self._reads(live, list(ready), tokens, cache, step.edges)
+            attended = self._attend(dict(zip(live, q, strict=True)), keys, values, reads[alike])
+            for e, layer in layers.items():
+                x[e] = self.experts[e].finish(layer, x[e], torch.cat([attended[n] for n in owners[e]], dim=1), condition[e])
                 if layer < len(inject[e]):
                     x[e] = x[e] + inject[e][layer]
 
@@ -115,18 +122,18 @@ class MoT(nn.Module):
         owners = {e: [n for n in self.graph.names if n in tokens and streams[n].expert == e] for e in self.graph.spec.experts}
         return {e: names for e, names in owners.items() if names}
 
-    def _reads(self, live: list[str], past: list[str], tokens: Mapping[str, Tokens], cache: Cache) -> list["_Read"]:
-        """Live rows grouped by the columns that are detached for them, each group with its mask."""
+    def _reads(self, live: list[str], past: list[str], tokens: Mapping[str, Tokens], cache: Cache, edges: Edges) -> list["_Read"]:
+        """Live rows grouped by the columns that are detached for them, each group with its mask, where ``edges`` hold."""
         present = {n: cache[n].present for n in past} | {n: tokens[n].present for n in live}
         device = tokens[live[0]].x.device
         groups: dict[frozenset[str], list[str]] = {}
         for row in live:
-            detached = frozenset(c for c in past + live if (e := self.graph.edges.get((row, c))) and e.detach)
+            detached = frozenset(c for c in past + live if (row, c) in edges and self.graph.edges[row, c].detach)
             groups.setdefault(detached, []).append(row)
         out = []
         for detached, rows in groups.items():
-            cols = [c for c in past + live if any((r, c) in self.graph.edges or r == c for r in rows)]
-            out.append(_Read(rows, cols, detached, self.graph.mask(rows, cols, present, device)))
+            cols = [c for c in past + live if any((r, c) in edges or r == c for r in rows)]
+            out.append(_Read(rows, cols, detached, self.graph.mask(rows, cols, present, device, edges)))
         return out
 
     def _attend(self, q: Mapping[str, Tensor], k: Mapping[str, Tensor], v: Mapping[str, Tensor], reads: list["_Read"]) -> dict[str, Tensor]:

@@ -61,8 +61,7 @@ def gradient_probe(model: Model, tokens_per_stream: int = 3) -> list[str]:
     tokens = model.embed(model.graph.names, inputs, data.targets.actions, data.time)
     leaves = {n: t.x.detach().clone().requires_grad_() for n, t in tokens.items()}
     hidden = _joint(model, tokens, leaves)
-    depth = model.mot.depth
-    by_gradient, by_value = model.graph.reaches(depth, gradient=True), model.graph.reaches(depth)
+    by_gradient, by_value = (model.graph.reaches(model.mot.steps, gradient) for gradient in (True, False))
     starts = _starts(model.graph)
     wrong: list[str] = []
     for row in model.graph.names:

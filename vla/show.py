@@ -1,10 +1,11 @@
 """A spec as people read it: tables for the terminal, one drawing for reports."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .graph import Graph
+from .graph import Graph, Step
 from .model import Model, sketch
 from .spec import DecoderExpert, Spec, load_spec
 
@@ -24,7 +25,9 @@ def facts(spec: Spec, model: Model | None = None) -> dict[str, Any]:
     counts = {}
     for name, expert in model.mot.experts.items():
         total = sum(p.numel() for p in expert.parameters())
-        counts[name] = {"parameters": total, "trained": sum(p.numel() for p in expert.parameters() if p.requires_grad)}
+        trained = sum(p.numel() for p in expert.parameters() if p.requires_grad)
+        runs = [number for number, step in enumerate(model.mot.steps) if name in step.layers]
+        counts[name] = {"parameters": total, "trained": trained, "steps": runs, "joint": _joint(model.mot.steps, spec, name)}
     rest = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("mot.experts."))
     return {
         "name": spec.name,
@@ -38,6 +41,21 @@ def facts(spec: Spec, model: Model | None = None) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+
+
+def _joint(steps: Sequence[Step], spec: Spec, expert: str) -> list[int]:
+    """The steps in which an expert's streams and those of others read each other."""
+    owner = {name: stream.expert for name, stream in spec.streams.items()}
+    apart = lambda row, col: owner[row] != owner[col] and expert in (owner[row], owner[col])  # noqa: E731
+    return [number for number, step in enumerate(steps) if any(apart(*edge) for edge in step.edges)]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0-11``, or ``0, 2, 4``."""
+    if not numbers:
+        return "none"
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{numbers[0]}-{numbers[-1]}" if whole and len(numbers) > 1 else ", ".join(map(str, numbers))
 
 
 def show(name: str, png: Path | None = None, overrides: list[str] | None = None) -> "RenderableType":
@@ -64,13 +82,14 @@ def show(name: str, png: Path | None = None, overrides: list[str] | None = None)
     for n, p in graph.phases.items():
         kept = ", ".join(graph.cached()[n]) or "nothing"
         phases.add_row(n, p.kind, ", ".join(p.streams), kept, f"{p.steps or 10} steps" if p.kind == "denoise" else "once an observation")
-    experts = Table("expert", "made of", "parameters", "trained", title="parameters")
+    experts = Table("expert", "made of", "steps", "meets others in", "parameters", "trained", title="experts")
     for n, counts in data["experts"].items():
         config = spec.experts[n]
         made = f"decoder, {config.depth} layers of {config.width}" if isinstance(config, DecoderExpert) else config.weights
-        experts.add_row(n, made, f"{counts['parameters']:,}", f"{counts['trained']:,}")
-    experts.add_row("heads, encoders", "", f"{data['heads_and_encoders']:,}", f"{data['heads_and_encoders']:,}")
-    experts.add_row("all", "", f"{data['parameters']:,}", f"{data['trained']:,}")
+        where = (_ranges(counts["steps"]), _ranges(counts["joint"]))
+        experts.add_row(n, made, *where, f"{counts['parameters']:,}", f"{counts['trained']:,}")
+    experts.add_row("heads, encoders", "", "", "", f"{data['heads_and_encoders']:,}", f"{data['heads_and_encoders']:,}")
+    experts.add_row("all", "", "", "", f"{data['parameters']:,}", f"{data['trained']:,}")
     return Group(Text(f"{spec.name}  graph {data['graph_hash']}", style="bold"), Text(spec.about.strip()), streams, matrix, phases, experts)
 
 

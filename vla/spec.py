@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from ..config import Strict, find, load_tree, parse
 from ..errors import UserError
@@ -82,6 +82,19 @@ class DecoderExpert(Strict):
 
 
 Expert = Annotated[PretrainedExpert | DecoderExpert, Field(discriminator="kind")]
+
+
+class Coupling(Strict):
+    """Where an expert's layers stand among the steps of the backbone, and in which of them it meets the others.
+
+    Its layer i runs in step ``first + every * i``. ``joint``: the steps from .. to (exclusive) in which its streams read those of other
+    experts and are read by them, by default all of its own. HBridge leaves out both ends, DeepVision-VLA joins the last layers of
+    experts of unequal depth, SmolVLA's expert can have a layer for every second one of the VLM.
+    """
+
+    first: NonNegativeInt = 0
+    every: PositiveInt = 1
+    joint: tuple[NonNegativeInt, PositiveInt] | None = None
 
 
 class Stream(Strict):
@@ -162,6 +175,7 @@ class Spec(Strict):
     heads: dict[str, Head]
     state_dim: PositiveInt
     cameras: tuple[str, ...]
+    couple: dict[str, Coupling] = {}
     schedule: dict[str, Phase] | None = None
 
     @model_validator(mode="after")
@@ -186,9 +200,8 @@ class Spec(Strict):
                 )
             if stream.tokens in ("queries", "latents") and name not in self.heads:
                 raise ValueError(f"streams.{name} holds {stream.tokens}, which a latent head makes: add heads.{name}")
-        depths = {e.depth for e in self.experts.values() if isinstance(e, DecoderExpert)}
-        if len(depths) > 1:
-            raise ValueError(f"all layers are coupled one to one, so experts need one depth, not {sorted(depths)}")
+        for name in self.couple:
+            _known(name, self.experts, f"couple.{name}", "expert")
         return self
 
     def _check_head(self, name: str, head: FlowHead | LatentHead) -> None:

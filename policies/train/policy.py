@@ -217,7 +217,7 @@ class PolicyTask:
         shape = (
             variants,
             len(self.present.frames),
-            self.module.mot.depth,
+            self.module.vlm(stream).depth,
             2,
             space.kv_heads,
             self.spec.streams[stream].length,

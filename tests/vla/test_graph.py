@@ -86,7 +86,7 @@ def test_a_graph_that_cannot_run_is_refused(changes: dict, message: str, make_sp
         ({"streams": {"obs": {"expert": "nobody"}}}, "names no expert: 'nobody'"),
         ({"edges": {"action": {"sky": "full"}}}, "names no stream: 'sky'"),
         ({"heads": {"state": {"kind": "flow", "action_dim": 3}}}, "must be 'actions'"),
-        ({"experts": {"gen": {"depth": 3}}}, "one depth"),
+        ({"couple": {"sky": {}}}, "names no expert: 'sky'"),
         ({"experts": {"act": {"widht": 4}}}, "did you mean 'width'"),
         ({"space": {"heads": 3}}, "multiple of kv_heads"),
     ],
@@ -99,3 +99,32 @@ def test_a_spec_that_does_not_hold_together_is_refused(changes: dict, message: s
 def test_cutting_an_edge_that_is_not_there(make_spec) -> None:
     with pytest.raises(UserError, match="no edge obs <- action to cut; it has"):
         make_spec().cut(("obs", "action"))
+
+
+def test_steps_say_which_layers_meet(make_spec) -> None:
+    """DeepVision-VLA's arrangement: the last layers of experts of unequal depth meet, the others run beside each other."""
+    spec = make_spec(couple={"und": {"first": 1}, "gen": {"joint": [3, 5]}, "act": {"first": 3, "every": 2}})
+    steps = Graph(spec).steps({"und": 4, "gen": 5, "act": 1})
+    assert [dict(step.layers) for step in steps] == [
+        {"gen": 0},
+        {"und": 0, "gen": 1},
+        {"und": 1, "gen": 2},
+        {"und": 2, "gen": 3, "act": 0},
+        {"und": 3, "gen": 4},
+    ]
+    assert [("future", "obs") in step.edges for step in steps] == [False, False, False, True, True]
+    assert all(("future", "future") in step.edges for step in steps)
+    assert [("action", "obs") in step.edges for step in steps] == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("couple", "depths", "message"),
+    [
+        ({}, {"und": 2, "gen": 3, "act": 2}, "depths differ .und 2, gen 3, act 2., so their layers do not meet"),
+        ({"act": {"first": 1}}, {"und": 2, "gen": 3, "act": 2}, "say in couple where they stand"),
+        ({"gen": {"joint": [5, 8]}}, {"und": 2, "gen": 3, "act": 2}, "steps 5 to 7, where none of its layers runs .they run in 0 to 2."),
+    ],
+)
+def test_layers_that_cannot_meet_are_refused(couple: dict, depths: dict[str, int], message: str, make_spec) -> None:
+    with pytest.raises(UserError, match=message):
+        Graph(make_spec(couple=couple)).steps(depths)

@@ -21,6 +21,10 @@ VARIANTS = {
     "trained_vlm": {"experts": {"und": {"frozen": False}}},
     "concatenated_time": {"experts": {"act": {"time": "none"}}},
     "sees_latents": {"streams": {"future": {"tokens": "latents"}}},
+    "joined_in_the_middle": {"couple": {"act": {"joint": [1, 2]}}},
+    "tails_joined": {"experts": {"gen": {"depth": 4}}, "couple": {"und": {"first": 2}, "act": {"first": 2}, "gen": {"joint": [2, 4]}}},
+    "every_second": {"experts": {"act": {"depth": 1}}, "couple": {"act": {"first": 1, "every": 2}}},
+    "longer_than_the_vlm": {"experts": {"act": {"depth": 3}}, "couple": {"act": {}}},
     "restart": {"streams": {"action": {"positions": "restart"}, "future": {"positions": "restart"}}},
 }
 
@@ -65,8 +69,8 @@ def test_the_probe_notices_a_wrong_mask(make_spec, monkeypatch: pytest.MonkeyPat
     model = build(make_spec(edges={"action": {"action": "causal"}}))
     honest, right = Graph(model.spec), model.graph.mask
 
-    def wrong(rows, cols, present, device=None):
-        return None if len(rows) == 4 else right(rows, cols, present, device)
+    def wrong(rows, *given):
+        return None if len(rows) == 4 else right(rows, *given)
 
     monkeypatch.setattr(model.graph, "mask", wrong)
     monkeypatch.setattr(model.graph, "reaches", honest.reaches)
