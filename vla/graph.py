@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .spec import FlowHead, LatentHead, Phase, PhaseKind, Spec
+from .spec import DecoderExpert, FlowHead, LatentHead, Phase, PhaseKind, Spec
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,12 @@ class Step:
     Attributes:
         layers: expert -> which of its layers runs; those not named rest.
         edges: (row, col) of the streams that read each other in it.
+        crossed: experts whose layer has no keys of its own and projects those of others anew.
     """
 
     layers: Mapping[str, int]
     edges: Edges
+    crossed: frozenset[str] = frozenset()
 
 
 class Graph:
@@ -82,8 +84,8 @@ class Graph:
         loose = [name for name in depths if name not in couple]
         if len({depths[name] for name in loose}) > 1:
             raise UserError(
-                f"{self.spec.name}: the experts' depths differ ({', '.join(f'{n} {depths[n]}' for n in loose)}), so their layers do not meet "
-                "one to one; say in couple where they stand (first, every, joint)"
+                f"{self.spec.name}: the experts' depths differ ({', '.join(f'{n} {depths[n]}' for n in loose)}), so their layers do not "
+                "meet one to one; say in couple where they stand (first, every, joint)"
             )
         where = {name: range(c.first, c.first + c.every * depths[name], c.every) for name, c in couple.items()}
         where |= {name: range(depths[name]) for name in loose}
@@ -192,13 +194,15 @@ class Graph:
         """The step in which ``layers`` run: streams of one expert read each other, those of several where all of them meet."""
         couple = self.spec.couple
         meets = {n for n in layers if n not in couple or (j := couple[n].joint) is None or j[0] <= number < j[1]}
-        expert = {name: stream.expert for name, stream in self.spec.streams.items()}
+        owner = {name: stream.expert for name, stream in self.spec.streams.items()}
+        experts = self.spec.experts
+        crossed = frozenset(n for n, layer in layers.items() if isinstance(e := experts[n], DecoderExpert) and e.crosses(layer))
 
         def holds(row: str, col: str) -> bool:
-            one, other = expert[row], expert[col]
-            return one in layers if one == other else one in meets and other in meets
+            one, other = owner[row], owner[col]
+            return other not in crossed and (one in layers if one == other else one in meets and other in meets)
 
-        return Step(layers, frozenset(edge for edge in self.edges if holds(*edge)))
+        return Step(layers, frozenset(edge for edge in self.edges if holds(*edge)), crossed)
 
     # derivation -----------------------------------------------------------------------------------------------------
 

@@ -215,7 +215,8 @@ class Model(nn.Module):
             case "prompt":
                 assert inputs.images is not None and inputs.ids is not None, f"stream {name} needs images and prompt ids"
                 prompt = self.vlm(name).embed(inputs.images, inputs.ids, inputs.present)
-                return Tokens(prompt.x, empty, inputs.present, inject=prompt.inject, own=prompt.own)
+                scale = prompt.x.shape[-1] ** 0.5 if self.spec.streams[name].scale == "sqrt_width" else 1.0
+                return Tokens(prompt.x * scale, empty, inputs.present, inject=prompt.inject, own=prompt.own)
             case "state":
                 assert inputs.state is not None, f"stream {name} needs the state"
                 return Tokens(self.states[name](inputs.state), empty, time=self._clean(name, batch, inputs.state))
@@ -246,7 +247,7 @@ def sketch(spec: Spec) -> Model:
 
 def _expert(config: PretrainedExpert | DecoderExpert, spec: Spec) -> Expert:
     if isinstance(config, PretrainedExpert):
-        return PretrainedVLM(config)
+        return PretrainedVLM(config, spec.space.rope_theta)
     return Decoder(config, spec.space)
 
 

@@ -1,14 +1,14 @@
 """The Mixture-of-Transformers loop: in every step each expert projects its own tokens, all attend once, each finishes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from .attention import attend
 from .experts.base import Expert
-from .graph import Edges, Graph, Own
+from .graph import Edges, Graph, Own, Step
 from .modules import ModuleDict
 
 
@@ -82,28 +82,35 @@ class MoT(nn.Module):
 
         x = {e: torch.cat([tokens[n].x for n in names], dim=1) for e, names in owners.items()}
         phase = {e: self.experts[e].phase(x[e], _joined_positions([tokens[n] for n in names])) for e, names in owners.items()}
+        crossing = {e for step in steps for e in step.crossed & owners.keys()}
+        alone = {e: self.experts[e].phase(x[e], _joined_positions([_from_zero(tokens[n]) for n in owners[e]])) for e in crossing}
         inject = {e: _joined_inject([tokens[n] for n in names]) for e, names in owners.items()}
         condition = {e: self.experts[e].condition(_joined_time([tokens[n] for n in names])) for e, names in owners.items()}
         kept: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in keep}
 
         for step in steps:
             layers = {e: step.layers[e] for e in owners if e in step.layers}
-            live = [name for e in layers for name in owners[e]]
-            projected = [self.experts[e].project(layer, x[e], phase[e], condition[e]) for e, layer in layers.items()]
-            lengths = [tokens[name].x.shape[1] for name in live]
-            q, k, v = (torch.cat(part, dim=2).split(lengths, dim=2) for part in zip(*projected, strict=True))
-            ready = {n: step.layers[self.owner[n]] for n in past if self.owner[n] in step.layers}
-            keys = {n: cache[n].keys[layer] for n, layer in ready.items()} | dict(zip(live, k, strict=True))
-            values = {n: cache[n].values[layer] for n, layer in ready.items()} | dict(zip(live, v, strict=True))
-            for name in kept.keys() & live:
-                kept[name][0].append(keys[name])
-                kept[name][1].append(values[name])
+            plain = {e: layer for e, layer in layers.items() if e not in step.crossed}
+            keyed = [name for e in plain for name in owners[e]]
+            projected = [self.experts[e].project(layer, x[e], phase[e], condition[e]) for e, layer in plain.items()]
+            lengths = [tokens[name].x.shape[1] for name in keyed]
+            parts = [torch.cat(part, dim=2).split(lengths, dim=2) for part in zip(*projected, strict=True)] or [(), (), ()]
+            q, k, v = (dict(zip(keyed, part, strict=True)) for part in parts)
+            for e in layers.keys() - plain.keys():
+                asked = self.experts[e].ask(layers[e], x[e], alone[e], condition[e])
+                q |= dict(zip(owners[e], asked.split([tokens[n].x.shape[1] for n in owners[e]], dim=2), strict=True))
+            ready = {n: step.layers[self.owner[n]] for n in past if self.owner[n] in step.layers.keys() - step.crossed}
+            keys = {n: cache[n].keys[layer] for n, layer in ready.items()} | k
+            values = {n: cache[n].values[layer] for n, layer in ready.items()} | v
+            for name in kept.keys() & q.keys():  # one entry a layer, empty where a layer has no keys of its own
+                kept[name][0].append(keys.get(name, x[self.owner[name]][:, :0]))
+                kept[name][1].append(values.get(name, x[self.owner[name]][:, :0]))
             if step is steps[-1] and not outputs:
                 break
-            alike = (step.edges, tuple(live))
+            alike = (step.edges, tuple(q))
             if alike not in reads:
-                reads[alike] = self._reads(live, list(ready), tokens, cache, step.edges)
-            attended = self._attend(dict(zip(live, q, strict=True)), keys, values, reads[alike])
+                reads[alike] = self._reads(list(q), list(keys), tokens, cache, step)
+            attended = self._attend(q, keys, values, reads[alike], layers)
             for e, layer in layers.items():
                 x[e] = self.experts[e].finish(layer, x[e], torch.cat([attended[n] for n in owners[e]], dim=1), condition[e])
                 if layer < len(inject[e]):
@@ -122,26 +129,42 @@ class MoT(nn.Module):
         owners = {e: [n for n in self.graph.names if n in tokens and streams[n].expert == e] for e in self.graph.spec.experts}
         return {e: names for e, names in owners.items() if names}
 
-    def _reads(self, live: list[str], past: list[str], tokens: Mapping[str, Tokens], cache: Cache, edges: Edges) -> list["_Read"]:
-        """Live rows grouped by the columns that are detached for them, each group with its mask, where ``edges`` hold."""
-        present = {n: cache[n].present for n in past} | {n: tokens[n].present for n in live}
+    def _reads(self, live: list[str], read: list[str], tokens: Mapping[str, Tokens], cache: Cache, step: Step) -> list["_Read"]:
+        """Live rows grouped by who projects the keys anew for them and by the columns that are detached, each group with its mask."""
+        present = {n: tokens[n].present if n in tokens else cache[n].present for n in read}
         device = tokens[live[0]].x.device
-        groups: dict[frozenset[str], list[str]] = {}
+        groups: dict[tuple[str | None, bool, frozenset[str]], list[str]] = {}
         for row in live:
-            detached = frozenset(c for c in past + live if (row, c) in edges and self.graph.edges[row, c].detach)
-            groups.setdefault(detached, []).append(row)
+            seen = [c for c in read if (row, c) in step.edges or row == c]
+            detached = frozenset(c for c in seen if (row, c) in step.edges and self.graph.edges[row, c].detach)
+            adapter = self.owner[row] if self.owner[row] in step.crossed else None
+            groups.setdefault((adapter, bool(seen), detached), []).append(row)
         out = []
-        for detached, rows in groups.items():
-            cols = [c for c in past + live if any((r, c) in edges or r == c for r in rows)]
-            out.append(_Read(rows, cols, detached, self.graph.mask(rows, cols, present, device, edges)))
+        for (adapter, _, detached), rows in groups.items():
+            cols = [c for c in read if any((r, c) in step.edges or r == c for r in rows)]
+            mask = self.graph.mask(rows, cols, present, device, step.edges) if cols else None
+            out.append(_Read(rows, cols, adapter, detached, mask))
         return out
 
-    def _attend(self, q: Mapping[str, Tensor], k: Mapping[str, Tensor], v: Mapping[str, Tensor], reads: list["_Read"]) -> dict[str, Tensor]:
+    def _attend(
+        self,
+        q: Mapping[str, Tensor],
+        k: Mapping[str, Tensor],
+        v: Mapping[str, Tensor],
+        reads: list["_Read"],
+        layers: Mapping[str, int],
+    ) -> dict[str, Tensor]:
         attended: dict[str, Tensor] = {}
         for read in reads:
-            keys = torch.cat([k[c].detach() if c in read.detached else k[c] for c in read.cols], dim=2)
-            values = torch.cat([v[c].detach() if c in read.detached else v[c] for c in read.cols], dim=2)
-            out = attend(torch.cat([q[r] for r in read.rows], dim=2), keys, values, read.mask)
+            asked = torch.cat([q[r] for r in read.rows], dim=2)
+            if read.cols:
+                keys = torch.cat([k[c].detach() if c in read.detached else k[c] for c in read.cols], dim=2)
+                values = torch.cat([v[c].detach() if c in read.detached else v[c] for c in read.cols], dim=2)
+                if read.adapter is not None:
+                    keys, values = self.experts[read.adapter].adapt(layers[read.adapter], keys, values)
+                out = attend(asked, keys, values, read.mask)
+            else:  # a layer without keys of its own, and nobody to read
+                out = torch.zeros_like(asked).transpose(1, 2).flatten(2)
             attended |= dict(zip(read.rows, out.split([q[r].shape[2] for r in read.rows], dim=1), strict=True))
         return attended
 
@@ -150,6 +173,7 @@ class MoT(nn.Module):
 class _Read:
     rows: list[str]
     cols: list[str]
+    adapter: str | None
     detached: frozenset[str]
     mask: Tensor | None
 
@@ -165,6 +189,11 @@ def _joined_positions(streams: list[Tokens]) -> Tensor:
     """Positions of an expert's live tokens; a stream of one axis stands at one place of all axes."""
     axes = max((s.positions.shape[0] for s in streams if s.positions.ndim == 3), default=0)
     return torch.cat([s.positions.expand(axes, -1, -1) if axes and s.positions.ndim == 2 else s.positions for s in streams], dim=-1)
+
+
+def _from_zero(stream: Tokens) -> Tokens:
+    """The stream with positions that count from its own start."""
+    return replace(stream, positions=stream.positions - stream.positions[..., :1])
 
 
 def _joined_inject(streams: list[Tokens]) -> list[Tensor]:

@@ -99,18 +99,18 @@ def cache_equivalence(model: Model) -> float:
 def expert_parity(model: Model) -> float | None:
     """Largest difference of logits between each pretrained expert alone in our loop and transformers' own forward.
 
-    A share of the largest logit where that is above 1: trained weights give logits of 20, which fp32 rounds to 2e-6.
-    None where the spec has no pretrained expert.
+    Alone, the expert has its family's own graph, positions and scale of embeddings, whatever the spec makes of it. A share of the
+    largest logit where that is above 1: trained weights give logits of 20, which fp32 rounds to 2e-6. None where the spec has no
+    pretrained expert.
     """
-    model = model.eval()
     worst = None
     for name, stream in model.spec.streams.items():
         if stream.tokens != "prompt":
             continue
-        expert = model.vlm(name)
-        data = probe(model).inputs
+        alone = _alone(model, name)
+        expert, data = alone.vlm(name), probe(model).inputs
         assert data.images is not None and data.ids is not None and data.present is not None
-        hidden, _ = model.mot(model.embed([name], data), {}, outputs=[name])
+        hidden, _ = alone.mot(alone.embed([name], data), {}, outputs=[name])
         ours = expert.logits(hidden[name])
         more = expert.family.alone(expert.model, data.ids, data.present, expert.normalise(data.images))
         theirs = expert.model(input_ids=data.ids, attention_mask=data.present.long(), **more).logits
@@ -183,6 +183,23 @@ def _proved(name: str) -> str:
     path = find(name, "model")
     tiny = path.with_name(f"{path.stem}_tiny{path.suffix}")
     return str(tiny if tiny.is_file() else path)
+
+
+def _alone(model: Model, name: str) -> Model:
+    """The expert of a prompt stream and nothing else, as its family has it, with the weights of ``model``."""
+    spec, vlm = model.spec, model.vlm(name)
+    stream = spec.streams[name]
+    theta = vlm.model.config.get_text_config().rope_parameters["rope_theta"]
+    changes: dict[str, object] = {
+        "space": vlm.space.model_copy(update={"rope_theta": theta}),
+        "experts": {stream.expert: spec.experts[stream.expert].model_copy(update={"rotary": "own"})},
+        "streams": {name: stream.model_copy(update={"scale": "one"})},
+        "edges": {name: {name: "full" if vlm.family.bidirectional else "causal"}},
+        **{"heads": {}, "couple": {}, "schedule": None},
+    }
+    alone = build(spec.model_copy(update=changes)).eval()
+    alone.load_state_dict({key: value for key, value in model.state_dict().items() if key.startswith(f"mot.experts.{stream.expert}.")})
+    return alone
 
 
 def _constant(model: Model, stream: str) -> bool:

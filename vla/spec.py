@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ..config import Strict, find, load_tree, parse
 from ..errors import UserError
@@ -40,11 +40,14 @@ class PretrainedExpert(Strict):
 
     ``weights`` is ``embedded:v1``, ``path:<dir>``, ``hf:<id>@<revision>``, or ``random:<one of these>`` for the same
     architecture with fresh weights: a control, or with ``random:config:<name>`` a published architecture to load weights into.
+    ``layers``: how many of its first layers are kept. ``rotary``: whether its keys turn as they were trained or by the space's base.
     """
 
     kind: Literal["pretrained"] = "pretrained"
     weights: str
     frozen: bool = True
+    layers: PositiveInt | None = None
+    rotary: Literal["own", "space"] = "own"
 
     @model_validator(mode="after")
     def _has_weights(self) -> "PretrainedExpert":
@@ -63,6 +66,14 @@ class PretrainedExpert(Strict):
         return self.weights.removeprefix("random:")
 
 
+class CrossLayers(Strict):
+    """Layers ``first``, ``first + every``, ... of an expert have no keys of their own: their tokens read only the streams of other
+    experts, whose rotated keys and values they project anew, with positions that count from their stream's start (SmolVLA)."""
+
+    first: NonNegativeInt = 1
+    every: PositiveInt = 2
+
+
 class DecoderExpert(Strict):
     """Our own pre-norm decoder with a gated FFN, trained from scratch.
 
@@ -75,10 +86,16 @@ class DecoderExpert(Strict):
     depth: PositiveInt
     ffn: PositiveInt
     qk_norm: bool = True
+    norm_eps: PositiveFloat = 1e-6
     activation: Literal["silu", "gelu_tanh"] = "silu"
+    cross: CrossLayers | None = None
     time: Literal["none", "adaptive_norm"] = "none"
     time_of: Literal["t", "1-t"] = "t"
     frozen: bool = False
+
+    def crosses(self, layer: int) -> bool:
+        """Whether a layer is one of ``cross``."""
+        return self.cross is not None and layer >= self.cross.first and (layer - self.cross.first) % self.cross.every == 0
 
 
 Expert = Annotated[PretrainedExpert | DecoderExpert, Field(discriminator="kind")]
@@ -103,15 +120,16 @@ class Stream(Strict):
     ``tokens``: ``prompt`` (images and text through the VLM's own embedding), ``state`` (one token of proprioception),
     ``actions`` (one token per chunk step), ``queries`` (learned), ``latents`` (the present frames in the latents of the
     foresight head's autoencoder; the head then predicts their change). ``length`` is the token count; the prompt's is its
-    padded length. ``encoder``: how states and actions become tokens. ``block`` is the block size of ``block_causal`` and
-    ``own_block`` relations. ``positions``: ``continue`` counts on after all earlier streams (absent tokens are skipped),
-    ``restart`` begins at 0.
+    padded length. ``encoder``: how states and actions become tokens. ``scale``: what a prompt's embeddings are multiplied by.
+    ``block`` is the block size of ``block_causal`` and ``own_block`` relations. ``positions``: ``continue`` counts on after all
+    earlier streams (absent tokens are skipped), ``restart`` begins at 0.
     """
 
     expert: str
     tokens: Literal["prompt", "state", "actions", "queries", "latents"]
     length: PositiveInt
     encoder: Literal["mlp", "linear"] = "mlp"
+    scale: Literal["one", "sqrt_width"] = "one"
     block: PositiveInt | None = None
     positions: Literal["continue", "restart"] = "continue"
 

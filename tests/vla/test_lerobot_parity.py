@@ -1,4 +1,4 @@
-"""The same weights in lerobot's own pi0 and pi0.5 and in ours: joint forward, cached denoising, gradients."""
+"""The same weights in lerobot's own pi0, pi0.5 and SmolVLA and in ours: joint forward, gradients, cached denoising."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from triune.policies.train.vlm_model import Tower, VlmConfig, build_model, build_processor
 from triune.vla import Inputs, build
 from triune.vla.engine import infer
-from triune.vla.experts import PretrainedVLM
 from triune.vla.model import Model, Targets
-from triune.vla.weights.lerobot import pi_weights
+from triune.vla.weights.lerobot import pi_weights, smolvla_weights
 
 WIDTH, EXPERT, HEADS, DIM, DEPTH = 32, 24, 8, 8, 3
 VIEWS, CHUNK, ACTION, SIDE, WORDS = 2, 5, 6, 28, 7
@@ -89,25 +90,63 @@ def _ours(kind: str, peer: Any, folder: Path, make_spec: Callable[..., Any]) -> 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_pi(kind: str, make_spec: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peer = _peer(kind, monkeypatch)
-    ours = _ours(kind, peer, tmp_path, make_spec)
+    _compare(peer, _ours(kind, peer, tmp_path, make_spec), pi_weights, SIDE, (SIDE // 14) ** 2, state=kind == "pi0")
+
+
+def test_smolvla(make_spec: Callable[..., Any], tmp_path: Path) -> None:
+    """Every second layer of the expert reads the VLM's keys projected anew, the others join in self-attention."""
+    from lerobot.policies.smolvla import SmolVLAConfig
+    from lerobot.policies.smolvla.modeling_smolvla import VLAFlowMatching
+
+    tower = {"width": 32, "layers": 2, "heads": 4, "ffn": 48}
+    vlm = VlmConfig(image_size=32, patch=8, shuffle=2, vision=Tower(**tower), text=Tower(**tower | {"layers": 5}, kv_heads=2))
+    build_model(vlm, seed=7).save_pretrained(tmp_path)
+    build_processor(vlm).save_pretrained(tmp_path)
+    sizes = {"chunk_size": CHUNK, "n_action_steps": CHUNK, "max_action_dim": ACTION, "max_state_dim": ACTION, "num_steps": 10}
+    config = SmolVLAConfig(vlm_model_name=str(tmp_path), load_vlm_weights=False, num_vlm_layers=4, prefix_length=0, **sizes)
+    config.device = "cpu"
+    torch.manual_seed(0)
+    peer = VLAFlowMatching(config)
+    for parameter in peer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    act = {"width": 24, "depth": 4, "ffn": 256, "qk_norm": False, "norm_eps": 1e-5, "time_of": "1-t", "time": "none", "cross": {}}
+    spec = make_spec(
+        space={"heads": 4, "kv_heads": 2, "head_dim": 8, "rope_theta": 10_000.0},
+        experts={"und": {"weights": f"path:{tmp_path}", "layers": 4, "rotary": "space"}, "gen": None, "act": act},
+        streams={
+            "obs": {"length": VIEWS * 4 + WORDS, "scale": "sqrt_width"},
+            "future": None,
+            "state": {"expert": "und", "encoder": "linear", "positions": "continue"},
+            "action": {"length": CHUNK, "block": None},
+        },
+        edges={"obs": {"obs": "full"}, "future": None, "state": {"obs": "full"}, "action": {"future": None, "action": "causal"}},
+        heads={"future": None, "action": {"action_dim": ACTION}},
+        state_dim=ACTION,
+    )
+    ours = build(spec)
+    ours.load_state_dict(smolvla_weights(peer.state_dict()))
+    _compare(peer.eval(), ours.eval(), smolvla_weights, 32, 4, state=True)
+
+
+def _compare(peer: Any, ours: Model, rename: Callable[..., dict[str, Tensor]], side: int, grid: int, state: bool) -> None:
+    """Loss, gradients and a denoised chunk of both, with a shorter text and an absent camera in the second row."""
     rng = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (2, VIEWS, 3, SIDE, SIDE), generator=rng, dtype=torch.uint8)
-    words = torch.randint(0, 999, (2, WORDS), generator=rng)
-    masks = torch.ones(2, WORDS, dtype=torch.bool)
-    masks[1, 4:] = False  # a shorter text ...
-    seen = torch.tensor([[True, True], [True, False]])  # ... and a camera that is not there
-    state, noise, actions = (torch.randn(*shape, ACTION, generator=rng) for shape in ((2,), (2, CHUNK), (2, CHUNK)))
-    time = torch.tensor([0.3, 0.8])
+    images = torch.randint(0, 256, (2, VIEWS, 3, side, side), generator=rng, dtype=torch.uint8)
     vlm = ours.vlm("obs")
-    assert isinstance(vlm, PretrainedVLM)
-    grid = (SIDE // 14) ** 2
+    words = torch.randint(0, min(999, vlm.model.config.get_text_config().vocab_size), (2, WORDS), generator=rng)
+    words = torch.where(words == vlm.image_token, 0, words)
+    masks = torch.ones(2, WORDS, dtype=torch.bool)
+    masks[1, 4:] = False
+    seen = torch.tensor([[True, True], [True, False]])
+    felt, noise, actions = (torch.randn(*shape, ACTION, generator=rng) for shape in ((2,), (2, CHUNK), (2, CHUNK)))
+    time = torch.tensor([0.3, 0.8])
     pixels = list(vlm.normalise(images).unbind(1))
-    theirs_in = (pixels, list(seen.unbind(1)), words, masks, *([] if kind == "pi05" else [state]))
+    theirs_in = (pixels, list(seen.unbind(1)), words, masks, *([felt] if state else []))
     ids = torch.cat([torch.full((2, VIEWS * grid), vlm.image_token), words], dim=1)
     present = torch.cat([seen.repeat_interleave(grid, dim=1), masks], dim=1)
-    inputs = Inputs(images, ids, present, None if kind == "pi05" else state)
+    inputs = Inputs(images, ids, present, felt if state else None)
 
-    # joint forward and loss, with noise at t = 1 there and at t = 0 here
+    # the loss, with noise at t = 1 there and at t = 0 here
     theirs = peer.forward(*theirs_in, actions, noise, time)
     targets = Targets(actions, torch.ones(2, CHUNK, dtype=torch.bool), torch.empty(0))
     loss = ours.losses(inputs, targets, noise, (1 - time)[:, None].expand(2, CHUNK))["loss"]
@@ -117,17 +156,18 @@ def test_pi(kind: str, make_spec: Callable[..., Any], tmp_path: Path, monkeypatc
     theirs.mean().backward()
     loss.backward()
     mine = dict(ours.named_parameters())
-    scale = max(float(p.grad.abs().max()) for p in peer.parameters() if p.grad is not None)
+    theirs_grad = {n: p.grad for n, p in peer.named_parameters() if p.grad is not None}
+    scale = max(float(g.abs().max()) for g in theirs_grad.values())
     compared = 0
-    for name, gradient in pi_weights({n: p.grad for n, p in peer.named_parameters() if p.grad is not None}).items():
+    for name, gradient in rename(theirs_grad).items():
         if name in mine and "norm" not in name and "out." not in name:  # these change their sign or their origin
             assert float((mine[name].grad - gradient).abs().max()) < 1e-4 * scale, name
             compared += 1
-    assert compared > 30
+    assert compared > 20
 
     # denoising on cached keys, from the same noise
     with torch.no_grad():
-        chunk = peer.sample_actions(*theirs_in, noise=noise, num_steps=10)
+        chunk = peer.sample_actions(*theirs_in, noise=noise)
     assert float((chunk - infer(ours, inputs, noise, steps=10).actions).abs().max()) < 1e-5
     hidden = replace(inputs, present=torch.ones_like(present))
     assert float((chunk - infer(ours, hidden, noise, steps=10).actions).abs().max()) > 1e-4  # padding matters

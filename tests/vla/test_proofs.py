@@ -25,6 +25,7 @@ VARIANTS = {
     "tails_joined": {"experts": {"gen": {"depth": 4}}, "couple": {"und": {"first": 2}, "act": {"first": 2}, "gen": {"joint": [2, 4]}}},
     "every_second": {"experts": {"act": {"depth": 1}}, "couple": {"act": {"first": 1, "every": 2}}},
     "longer_than_the_vlm": {"experts": {"act": {"depth": 3}}, "couple": {"act": {}}},
+    "cross_layers": {"experts": {"act": {"cross": {}}}},
     "restart": {"streams": {"action": {"positions": "restart"}, "future": {"positions": "restart"}}},
 }
 

@@ -46,6 +46,14 @@ class Expert(nn.Module, ABC):
     def project(self, layer: int, x: Tensor, phase: tuple[Tensor, Tensor], condition: Tensor | None) -> QKV:
         """x (B, T, D) -> rotated q (B, N, T, H), rotated k and plain v (B, G, T, H)."""
 
+    def ask(self, layer: int, x: Tensor, phase: tuple[Tensor, Tensor], condition: Tensor | None) -> Tensor:
+        """The rotated q of a layer without keys of its own (``spec.CrossLayers``)."""
+        raise NotImplementedError(f"{type(self).__name__} has no such layers")
+
+    def adapt(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Others' rotated keys and values (B, G, T, H), projected anew by such a layer."""
+        raise NotImplementedError(f"{type(self).__name__} has no such layers")
+
     @abstractmethod
     def finish(self, layer: int, x: Tensor, attended: Tensor, condition: Tensor | None) -> Tensor:
         """Output projection, residuals and FFN: x (B, T, D), attended (B, T, N*H) -> (B, T, D)."""

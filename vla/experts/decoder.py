@@ -16,19 +16,20 @@ from .base import QKV, Expert
 class RMSNorm(nn.Module):
     """RMS norm over the last dimension, in the type of its input."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S D"]:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Norm(RMSNorm):
     """A layer's norm; ``adaptive`` ones take scale, shift and residual gate from the time condition (pi0.5's adaRMS)."""
 
-    def __init__(self, width: int, adaptive: bool, residual: bool = True) -> None:
-        super().__init__(width)
+    def __init__(self, width: int, adaptive: bool, residual: bool = True, eps: float = 1e-6) -> None:
+        super().__init__(width, eps)
         self.modulation = nn.Linear(width, 2 * width) if adaptive else None
         self.gating = nn.Linear(width, width) if adaptive and residual else None
         for linear in (self.modulation, self.gating):
@@ -52,16 +53,17 @@ class Norm(RMSNorm):
 class DecoderLayer(nn.Module):
     """Parameters of one layer; ``Decoder`` runs them."""
 
-    def __init__(self, config: DecoderExpert, space: Space) -> None:
+    def __init__(self, config: DecoderExpert, space: Space, crosses: bool) -> None:
         super().__init__()
-        width, adaptive = config.width, config.time == "adaptive_norm"
-        self.attention_norm = Norm(width, adaptive)
+        width, adaptive, eps = config.width, config.time == "adaptive_norm", config.norm_eps
+        shared = space.kv_heads * space.head_dim
+        self.attention_norm = Norm(width, adaptive, eps=eps)
         self.q = nn.Linear(width, space.heads * space.head_dim, bias=False)
-        self.k = nn.Linear(width, space.kv_heads * space.head_dim, bias=False)
-        self.v = nn.Linear(width, space.kv_heads * space.head_dim, bias=False)
+        self.k = nn.Linear(shared if crosses else width, shared, bias=False)
+        self.v = nn.Linear(shared if crosses else width, shared, bias=False)
         self.o = nn.Linear(space.heads * space.head_dim, width, bias=False)
         self.q_norm = RMSNorm(space.head_dim) if config.qk_norm else nn.Identity()
-        self.ffn_norm = Norm(width, adaptive)
+        self.ffn_norm = Norm(width, adaptive, eps=eps)
         self.gate_up = nn.Linear(width, 2 * config.ffn, bias=False)
         self.down = nn.Linear(config.ffn, width, bias=False)
         self.k_norm = RMSNorm(space.head_dim) if config.qk_norm else nn.Identity()
@@ -73,8 +75,8 @@ class Decoder(Expert):
     def __init__(self, config: DecoderExpert, space: Space) -> None:
         super().__init__()
         self.width, self.depth, self.space, self.config = config.width, config.depth, space, config
-        self.layers = nn.ModuleList(DecoderLayer(config, space) for _ in range(config.depth))
-        self.final_norm = Norm(config.width, config.time == "adaptive_norm", residual=False)
+        self.layers = nn.ModuleList(DecoderLayer(config, space, config.crosses(layer)) for layer in range(config.depth))
+        self.final_norm = Norm(config.width, config.time == "adaptive_norm", residual=False, eps=config.norm_eps)
         self.time = TimeEmbedding(config.width) if config.time == "adaptive_norm" else None
         residual_std = 0.02 / (2 * config.depth) ** 0.5
         for name, weight in self.layers.named_parameters():
@@ -96,6 +98,15 @@ class Decoder(Expert):
         normed = part.attention_norm.modulated(x, condition)
         q, k, v = (self._heads(linear(normed)) for linear in (part.q, part.k, part.v))
         return rotate(part.q_norm(q), phase), rotate(part.k_norm(k), phase), v
+
+    def ask(self, layer: int, x: Float[Tensor, "B T D"], phase: tuple[Tensor, Tensor], condition: Tensor | None) -> Tensor:
+        part = self._layer(layer)
+        return rotate(part.q_norm(self._heads(part.q(part.attention_norm.modulated(x, condition)))), phase)
+
+    def adapt(self, layer: int, keys: Float[Tensor, "B G T H"], values: Float[Tensor, "B G T H"]) -> tuple[Tensor, Tensor]:
+        part = self._layer(layer)
+        k, v = (self._heads(linear(t.transpose(1, 2).flatten(2))) for linear, t in ((part.k, keys), (part.v, values)))
+        return part.k_norm(k), v
 
     def finish(self, layer: int, x: Float[Tensor, "B T D"], attended: Float[Tensor, "B T NH"], condition: Tensor | None) -> Tensor:
         part = self._layer(layer)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from ...errors import UserError
-from ..attention import rotate
+from ..attention import rotary, rotate
 from ..spec import PretrainedExpert, Space
 from ..weights.references import resolve_architecture, resolve_weights
 from .base import QKV, Expert, Prompt
@@ -26,14 +26,17 @@ class PretrainedVLM(Expert):
         UserError: the folder holds no model of a known family.
     """
 
-    def __init__(self, config: PretrainedExpert) -> None:
+    def __init__(self, config: PretrainedExpert, rope_theta: float | None = None) -> None:
         super().__init__()
+        self.rope_theta = rope_theta if config.rotary == "space" else None
         sketched = torch.get_default_device().type == "meta"  # names and shapes alone
         self.folder: Path = resolve_architecture(config.reference) if sketched else resolve_weights(config.reference, "vlm")
         self.model, self.family = _load(self.folder, config.fresh or sketched)
         text_config = self.model.config.get_text_config()
+        text = self.family.text(self.model)
+        text.layers = text.layers[: config.layers]
         self.width: int = text_config.hidden_size
-        self.depth: int = text_config.num_hidden_layers
+        self.depth: int = len(text.layers)
         self.head_dim: int = getattr(text_config, "head_dim", None) or self.width // text_config.num_attention_heads
         self.frozen = config.frozen
         if config.frozen:
@@ -44,7 +47,7 @@ class PretrainedVLM(Expert):
     def space(self) -> Space:
         """The attention space that these weights were trained in."""
         config = self.model.config.get_text_config()
-        theta = config.rope_parameters["rope_theta"]
+        theta = self.rope_theta or config.rope_parameters["rope_theta"]
         return Space(heads=config.num_attention_heads, kv_heads=config.num_key_value_heads, head_dim=self.head_dim, rope_theta=theta)
 
     @property
@@ -92,6 +95,8 @@ class PretrainedVLM(Expert):
         return None
 
     def phase(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rope_theta is not None:
+            return rotary(ids, self.head_dim, self.rope_theta)
         if self.family.axes > 1 and ids.ndim == 2:
             ids = ids.expand(self.family.axes, -1, -1)
         return self.family.phase(self.family.text(self.model), x, ids)

@@ -1,4 +1,4 @@
-"""State dicts of lerobot's policies in our names: pi0 and pi0.5 (``lerobot.policies.pi0``, ``pi05``, version 0.6.1).
+"""State dicts of lerobot's policies in our names: pi0, pi0.5 and SmolVLA (``lerobot.policies``, version 0.6.1).
 
 What differs beside names: their flow runs from t = 1 (noise) to 0 and regresses noise - data, so the output layer changes sign
 and the spec says ``time_of: 1-t``; Gemma's norms multiply by 1 + weight; their adaptive norms gate a residual by g, ours by 1 + g.
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-VLM, EXPERT = "paligemma_with_expert.paligemma.", "paligemma_with_expert.gemma_expert.model."
 LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
 OUTER = {
@@ -31,43 +30,56 @@ def pi_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         KeyError: a key that neither network has.
     """
+    out = _weights(state, "paligemma_with_expert.paligemma.", "paligemma_with_expert.gemma_expert.model.", origin=1.0)
+    head, words = "mot.experts.und.model.lm_head.weight", "mot.experts.und.model.model.language_model.embed_tokens.weight"
+    tied = out.get(words, out.get(head))  # PaliGemma's are one; openpi's files hold the head alone
+    return out if tied is None else out | {words: tied, head: tied}
+
+
+def smolvla_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of ``VLAFlowMatching`` (SmolVLA) as that of ``Model`` for the spec ``smolvla``.
+
+    Raises:
+        KeyError: as ``pi_weights``.
+    """
+    return _weights(state, "vlm_with_expert.vlm.", "vlm_with_expert.lm_expert.", origin=0.0)
+
+
+def _weights(state: Mapping[str, Tensor], vlm: str, expert: str, origin: float) -> dict[str, Tensor]:
+    """Names changed, gate and up projections joined; a plain norm's weight counts from ``origin``."""
     out: dict[str, Tensor] = {}
     gates: dict[str, dict[str, Tensor]] = {}
     for full, tensor in state.items():
         key = full.removeprefix("model.")
         module, _, kind = key.rpartition(".")
-        if key.startswith(VLM):
-            out[f"mot.experts.und.model.{key.removeprefix(VLM)}"] = tensor
-        elif key.startswith(EXPERT) and (layer := LAYER.fullmatch(key.removeprefix(EXPERT))):
+        if key.startswith(vlm):
+            out[f"mot.experts.und.model.{key.removeprefix(vlm)}"] = tensor
+        elif key.startswith(expert) and (layer := LAYER.fullmatch(key.removeprefix(expert))):
             prefix, part = f"mot.experts.act.layers.{layer[1]}.", layer[2]
             name, _, rest = part.partition(".")
             if name in NORMS:
-                out |= _norm(f"{prefix}{NORMS[name]}", rest, tensor, gated=True)
+                out |= _norm(f"{prefix}{NORMS[name]}", rest, tensor, origin, gated=True)
             elif rest in ("gate_proj.weight", "up_proj.weight"):
                 gates.setdefault(f"{prefix}gate_up.weight", {})[rest] = tensor
             elif name == "mlp":
                 out[f"{prefix}down.weight"] = tensor
             else:
                 out[f"{prefix}{rest[0]}.weight"] = tensor  # q_proj, k_proj, v_proj, o_proj
-        elif key.startswith(EXPERT + "norm."):
-            out |= _norm("mot.experts.act.final_norm", key.removeprefix(EXPERT + "norm."), tensor, gated=False)
+        elif key.startswith(expert + "norm."):
+            out |= _norm("mot.experts.act.final_norm", key.removeprefix(expert + "norm."), tensor, origin, gated=False)
         elif module == "action_out_proj":
             out[f"actions.action.out.{kind}"] = -tensor
-        elif key == "paligemma_with_expert.gemma_expert.lm_head.weight":
+        elif key.endswith("expert.lm_head.weight"):
             continue  # the expert speaks no words
         else:
             out[f"{OUTER[module]}.{kind}"] = tensor
-    head, words = "mot.experts.und.model.lm_head.weight", "mot.experts.und.model.model.language_model.embed_tokens.weight"
-    tied = out.get(words, out.get(head))  # PaliGemma's are one; openpi's files hold the head alone
-    if tied is not None:
-        out[words] = out[head] = tied
     return out | {name: torch.cat([pair["gate_proj.weight"], pair["up_proj.weight"]]) for name, pair in gates.items()}
 
 
-def _norm(name: str, rest: str, tensor: Tensor, gated: bool) -> dict[str, Tensor]:
+def _norm(name: str, rest: str, tensor: Tensor, origin: float, gated: bool) -> dict[str, Tensor]:
     """A plain norm's ``weight``, or an adaptive one's ``dense.weight`` and ``dense.bias`` (scale, shift and gate)."""
     if rest == "weight":
-        return {f"{name}.weight": 1 + tensor}
+        return {f"{name}.weight": origin + tensor}
     scale, shift, gate = tensor.chunk(3)
     kind = rest.removeprefix("dense.")
     out = {f"{name}.modulation.{kind}": torch.cat([scale, shift])}
