@@ -88,8 +88,8 @@ class Stream(Strict):
     """An ordered group of tokens.
 
     ``tokens``: ``prompt`` (images and text through the VLM's own embedding), ``state`` (one token of proprioception),
-    ``actions`` (one token per chunk step), ``queries`` (learned), ``latents`` (the present frames in the latents of the
-    foresight head's autoencoder; the head then predicts their change). ``length`` is the token count; the prompt's is its
+    ``actions`` (one token per chunk step), ``queries`` (learned), ``latents`` (learned, and the present frames in the latents of
+    the foresight head's autoencoder). ``length`` is the token count; the prompt's is its
     padded length. ``encoder``: how states and actions become tokens. ``block`` is the block size of ``block_causal`` and
     ``own_block`` relations. ``positions``: ``continue`` counts on after all earlier streams (absent tokens are skipped),
     ``restart`` begins at 0.
@@ -127,7 +127,8 @@ class FlowHead(Strict):
 class LatentHead(Strict):
     """Foresight by regression of an autoencoder's latents of the frames ``horizon`` steps ahead (InternVLA-A1).
 
-    One square of ``patch`` x ``patch`` latent cells per token; cameras in order.
+    One square of ``patch`` x ``patch`` latent cells per token; cameras in order. ``predicts``: the ``frame`` itself, or its ``change``
+    from the present one, so that a picture stays what it was but for what moves.
     """
 
     kind: Literal["latent"] = "latent"
@@ -136,6 +137,7 @@ class LatentHead(Strict):
     image_size: PositiveInt
     patch: PositiveInt
     horizon: PositiveInt
+    predicts: Literal["frame", "change"] = "frame"
     weight: float = 0.1
 
 

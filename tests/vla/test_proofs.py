@@ -20,7 +20,7 @@ VARIANTS = {
     "one_way": {"edges": {"action": {"future": None}}},
     "trained_vlm": {"experts": {"und": {"frozen": False}}},
     "concatenated_time": {"experts": {"act": {"time": "none"}}},
-    "sees_latents": {"streams": {"future": {"tokens": "latents"}}},
+    "sees_latents": {"streams": {"future": {"tokens": "latents"}}, "heads": {"future": {"predicts": "change"}}},
     "restart": {"streams": {"action": {"positions": "restart"}, "future": {"positions": "restart"}}},
 }
 
