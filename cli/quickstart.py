@@ -44,9 +44,10 @@ def quickstart(
 
     plan = load(Quickstart, CONFIGS / "quickstart.yaml", overrides)
     stages = Stages(out)
-    stages.run("record", plan.record.model_dump(), partial(_record, out, workers=plan.workers, **plan.record.model_dump()))
-    stages.run("train", plan.train.model_dump(), partial(_train, out, **plan.train.model_dump()))
-    stages.run("evaluate", plan.evaluate.model_dump(), partial(_evaluate, out, workers=plan.workers, **plan.evaluate.model_dump()))
+    stages.run("record", out / "data", plan.record.model_dump(), partial(_record, out, workers=plan.workers, **plan.record.model_dump()))
+    stages.run("train", out / "train", plan.train.model_dump(), partial(_train, out, **plan.train.model_dump()))
+    evaluate = partial(_evaluate, out, workers=plan.workers, **plan.evaluate.model_dump())
+    stages.run("evaluate", out / "eval" / "results.json", plan.evaluate.model_dump(), evaluate)
 
     print_table("Stages", ("stage", "time"), [(name, duration(done["seconds"])) for name, done in stages.done.items()])
     print_results(json.loads((out / "eval" / "results.json").read_text()), out / "eval")
@@ -63,13 +64,13 @@ class Stages:
         self.path = folder / "stages.json"
         self.done: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.is_file() else {}
 
-    def run(self, name: str, inputs: dict[str, Any], work: Callable[[], object]) -> None:
-        """Do ``work`` unless it is done.
+    def run(self, name: str, result: Path, inputs: dict[str, Any], work: Callable[[], object]) -> None:
+        """Do ``work``, which leaves ``result``, unless it is done and its result is still there.
 
         Raises:
             UserError: it was done with other inputs.
         """
-        if name in self.done:
+        if name in self.done and result.exists():
             if self.done[name]["inputs"] != inputs:
                 was, now = (", ".join(f"{k}={v}" for k, v in d.items()) for d in (self.done[name]["inputs"], inputs))
                 raise UserError(f"'{name}' in {self.folder} was done with {was}, now it is {now}: give another --out, or delete the folder")

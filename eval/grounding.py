@@ -6,6 +6,7 @@ the place said by the location tokens and the true one, as a share of the image 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ Row = dict[str, Any]
 
 
 def score(folder: str | Path, scenes: str | Path, limit: int = 300, seed: int = 0) -> list[Row]:
-    """One row per kind of scene, and a last one over all with blank images.
+    """One row per kind of scene, one over all kinds that training shows, and a last one over all with blank images.
 
     Args:
         folder: a transformers folder with model and processor, such as ``vla/assets/embedded_vlm/v1``.
@@ -46,13 +47,46 @@ def score(folder: str | Path, scenes: str | Path, limit: int = 300, seed: int = 
     found = open_scenes(scenes, limit)
     scorer = Scorer(folder)
     worlds = list(dict.fromkeys(annotation["world"] for annotation in found.annotations))
-    rows = []
+    marks = {}
     for world in worlds:
         chosen = [i for i, annotation in enumerate(found.annotations) if annotation["world"] == world]
-        rows.append({"name": world, **scorer.row(Scenes(found.images[chosen], [found.annotations[i] for i in chosen]), world, seed)})
+        marks[world] = scorer.mark(Scenes(found.images[chosen], [found.annotations[i] for i in chosen]), world, seed)
+    rows = [{"name": world, **mark.row()} for world, mark in marks.items()]
+    shown = [mark for world, mark in marks.items() if not world.startswith("scenes:heldout")]
+    if len(shown) > 1:
+        rows.append({"name": "kinds of training together", **sum(shown[1:], shown[0]).row()})
     blank = Scenes(np.zeros_like(found.images), found.annotations)
-    rows.append({"name": "text only (images blank)", **scorer.row(blank, "", seed)})
+    rows.append({"name": "text only (images blank)", **scorer.mark(blank, "", seed).row()})
     return rows
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What was answered on some scenes: per kind of question whether it was right, pointing errors in image 1 and 2, and of points
+    outside an image whether that was said."""
+
+    scenes: int
+    right: dict[str, list[bool]]
+    one: list[float]
+    two: list[float]
+    absent: list[bool]
+
+    def __add__(self, other: "Mark") -> "Mark":
+        right = {kind: values + other.right[kind] for kind, values in self.right.items()}
+        return Mark(self.scenes + other.scenes, right, self.one + other.one, self.two + other.two, self.absent + other.absent)
+
+    def row(self) -> Row:
+        """The figures."""
+        return {
+            "scenes": self.scenes,
+            "questions": sum(map(len, self.right.values())),
+            **{kind: float(np.mean(values)) if values else None for kind, values in self.right.items()},
+            "points": len(self.one) + len(self.two),
+            "median": float(np.median(self.one)) if self.one else None,
+            "p90": _quantile(self.one, 0.9),
+            "wrist_median": float(np.median(self.two)) if self.two else None,
+            "absent": float(np.mean(self.absent)) if self.absent else None,
+        }
 
 
 class Scorer:
@@ -75,8 +109,8 @@ class Scorer:
         self.packer = Packer(processor, 2, 1.0)
         self.reader = Reader(vlm, ())
 
-    def row(self, scenes: Scenes, world: str, seed: int) -> Row:
-        """Figures over some scenes."""
+    def mark(self, scenes: Scenes, world: str, seed: int) -> Mark:
+        """What it answers on some scenes of one kind."""
         asked = [_questions(annotation, world, np.random.default_rng((seed, index))) for index, annotation in enumerate(scenes.annotations)]
         right: dict[str, list[bool]] = {"colour": [], "relation": []}
         errors: dict[str, list[float]] = {"<x1>": [], "<x2>": []}
@@ -92,17 +126,7 @@ class Scorer:
                         errors[first].append(float("inf") if sx is None or sy is None else float(np.hypot(sx - x, sy - y)))
             else:
                 right[turn.kind].append(bool(said[0]))
-        one, two = errors["<x1>"], errors["<x2>"]
-        return {
-            "scenes": len(scenes),
-            "questions": sum(map(len, right.values())),
-            **{kind: float(np.mean(values)) if values else None for kind, values in right.items()},
-            "points": len(one) + len(two),
-            "median": float(np.median(one)) if one else None,
-            "p90": _quantile(one, 0.9),
-            "wrist_median": float(np.median(two)) if two else None,
-            "absent": float(np.mean(absent)) if absent else None,
-        }
+        return Mark(len(scenes), right, errors["<x1>"], errors["<x2>"], absent)
 
     def answers(self, images: np.ndarray, asked: list[list[Turn]]) -> Iterator[list[Any]]:
         """For every turn in order: coordinates (or ``None``) of its slots, or ``[whether the greedy answer is exactly right]``."""

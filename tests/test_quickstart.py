@@ -1,6 +1,7 @@
 """The quickstart's stages: done once, resumed, never mixed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,17 @@ def test_a_folder_of_other_settings_is_refused(calls: Calls, tmp_path: Path) -> 
         quickstart(["evaluate.episodes=7"], tmp_path)
 
 
+def test_a_stage_whose_result_was_deleted_runs_again(calls: Calls, tmp_path: Path) -> None:
+    quickstart(None, tmp_path)
+    shutil.rmtree(tmp_path / "eval")
+    quickstart(None, tmp_path)
+    assert [name for name, _ in calls] == ["record", "train", "evaluate", "evaluate"]
+
+
 def test_a_stage_that_fails_is_not_done(tmp_path: Path) -> None:
     stages = Stages(tmp_path)
     with pytest.raises(ZeroDivisionError):
-        stages.run("a", {}, lambda: 1 / 0)
+        stages.run("a", tmp_path, {}, lambda: 1 / 0)
     assert Stages(tmp_path).done == {}
-    stages.run("a", {"x": 1}, lambda: None)
+    stages.run("a", tmp_path, {"x": 1}, lambda: None)
     assert Stages(tmp_path).done["a"]["inputs"] == {"x": 1}

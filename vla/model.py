@@ -26,7 +26,7 @@ class Inputs:
         images: (B, V, 3, Y, X) uint8, views in the spec's camera order.
         ids: prompt token ids (B, T); present: (B, T) bool, False on padding.
         state: normalised proprioception (B, S).
-        latents: patches (B, T, P) of the present frames, for a stream of ``latents``; encoded from ``images`` where absent.
+        latents: patches (B, T, P) of the present frames, where foresight needs them; encoded from ``images`` where absent.
     """
 
     images: UInt8[Tensor, "B V 3 Y X"] | None = None
@@ -104,8 +104,8 @@ class Model(nn.Module):
         return {n: replace(part, positions=positions[n]) for n, part in tokens.items()}
 
     def see(self, inputs: Inputs, names: Sequence[str]) -> Inputs:
-        """``inputs`` with the latents of the present frames, where one of the streams ``names`` is made of them."""
-        seeing = next((n for n in names if self.spec.streams[n].tokens == "latents"), None)
+        """``inputs`` with the latents of the present frames, where one of the streams ``names`` needs them."""
+        seeing = next((n for n in names if n in self.foresight and self.foresight[n].needs_present), None)
         if seeing is None or inputs.latents is not None:
             return inputs
         assert inputs.images is not None, f"stream {seeing} needs images"

@@ -118,11 +118,11 @@ class Stream(Strict):
     """An ordered group of tokens.
 
     ``tokens``: ``prompt`` (images and text through the VLM's own embedding), ``state`` (one token of proprioception),
-    ``actions`` (one token per chunk step), ``queries`` (learned), ``latents`` (the present frames in the latents of the
-    foresight head's autoencoder; the head then predicts their change). ``length`` is the token count; the prompt's is its
-    padded length. ``encoder``: how states and actions become tokens. ``scale``: what a prompt's embeddings are multiplied by.
-    ``block`` is the block size of ``block_causal`` and ``own_block`` relations. ``positions``: ``continue`` counts on after all
-    earlier streams (absent tokens are skipped), ``restart`` begins at 0.
+    ``actions`` (one token per chunk step), ``queries`` (learned), ``latents`` (learned, and the present frames in the latents of
+    the foresight head's autoencoder). ``length`` is the token count; the prompt's is its padded length. ``encoder``: how states
+    and actions become tokens. ``scale``: what a prompt's embeddings are multiplied by. ``block`` is the block size of
+    ``block_causal`` and ``own_block`` relations. ``positions``: ``continue`` counts on after all earlier streams (absent tokens
+    are skipped), ``restart`` begins at 0.
     """
 
     expert: str
@@ -158,7 +158,8 @@ class FlowHead(Strict):
 class LatentHead(Strict):
     """Foresight by regression of an autoencoder's latents of the frames ``horizon`` steps ahead (InternVLA-A1).
 
-    One square of ``patch`` x ``patch`` latent cells per token; cameras in order.
+    One square of ``patch`` x ``patch`` latent cells per token; cameras in order. ``predicts``: the ``frame`` itself, or its ``change``
+    from the present one, so that a picture stays what it was but for what moves.
     """
 
     kind: Literal["latent"] = "latent"
@@ -167,6 +168,7 @@ class LatentHead(Strict):
     image_size: PositiveInt
     patch: PositiveInt
     horizon: PositiveInt
+    predicts: Literal["frame", "change"] = "frame"
     weight: float = 0.1
 
 

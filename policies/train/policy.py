@@ -115,7 +115,7 @@ class PolicyTask:
         self.images = np.stack([self.dataset.load_images(c) for c in self.spec.cameras], axis=1)  # (frames, V, H, W, 3)
         self.prompts = self._encode_prompts()
         self.present = Kept(len(self.images), self.sampler.frames)
-        self.seeing = any(stream.tokens == "latents" for stream in self.spec.streams.values())
+        self.seeing = any(module.needs_present for module in self.module.foresight.values())
         frames = self.sampler.gather(self.sampler.frames)["future"]
         self.latent = Kept(len(self.images), np.unique([*frames, *(self.sampler.frames if self.seeing else [])]))
         self.latents = self._encode_latents()

@@ -64,8 +64,9 @@ def test_foresight_patches_come_back_as_latents(make_spec) -> None:
     assert (module.decode(patches).flatten(0, 1).int() - direct.int()).abs().max() <= 1
 
 
-def test_foresight_that_sees_predicts_a_change(make_spec) -> None:
-    model = build(make_spec(streams={"future": {"tokens": "latents"}})).eval()
+@pytest.mark.parametrize("tokens", ["latents", "queries"])
+def test_foresight_predicts_a_change(tokens: str, make_spec) -> None:
+    model = build(make_spec(streams={"future": {"tokens": tokens}}, heads={"future": {"predicts": "change"}})).eval()
     module, data = model.foresight["future"], probe(model)
     now = module.encode(data.inputs.images)
     given = replace(data.inputs, images=None, latents=now)

@@ -20,7 +20,7 @@ VARIANTS = {
     "one_way": {"edges": {"action": {"future": None}}},
     "trained_vlm": {"experts": {"und": {"frozen": False}}},
     "concatenated_time": {"experts": {"act": {"time": "none"}}},
-    "sees_latents": {"streams": {"future": {"tokens": "latents"}}},
+    "sees_latents": {"streams": {"future": {"tokens": "latents"}}, "heads": {"future": {"predicts": "change"}}},
     "joined_in_the_middle": {"couple": {"act": {"joint": [1, 2]}}},
     "tails_joined": {"experts": {"gen": {"depth": 4}}, "couple": {"und": {"first": 2}, "act": {"first": 2}, "gen": {"joint": [2, 4]}}},
     "every_second": {"experts": {"act": {"depth": 1}}, "couple": {"act": {"first": 1, "every": 2}}},

@@ -14,7 +14,7 @@ from ..weights.references import resolve_weights
 
 class LatentForesight(nn.Module):
     """Learned queries in, patches of the future frame's latents out. With ``sees`` the present frame's patches go in with the
-    queries, and what comes out is added to them: a picture stays what it was but for what moves.
+    queries; a head that predicts the change adds what comes out to them.
 
     The autoencoder is referenced, never saved: it is frozen and kept out of this module's parameters.
 
@@ -44,6 +44,11 @@ class LatentForesight(nn.Module):
         self.into = nn.Linear(size, width) if sees else None
         self.out = nn.Linear(width, size)
 
+    @property
+    def needs_present(self) -> bool:
+        """Whether the patches of the present frames are asked for."""
+        return self.into is not None or self.head.predicts == "change"
+
     def tokens(self, batch: int, present: Float[Tensor, "B T P"] | None) -> Float[Tensor, "B T D"]:
         """The stream's tokens; ``present`` holds the patches of the present frames where it ``sees`` them."""
         if self.into is None:
@@ -54,7 +59,10 @@ class LatentForesight(nn.Module):
     def predict(self, hidden: Float[Tensor, "B T D"], present: Float[Tensor, "B T P"] | None) -> Float[Tensor, "B T P"]:
         """Patches of the future frames; ``present`` as in ``tokens``."""
         out = self.out(hidden)
-        return out if self.into is None or present is None else present + out
+        if self.head.predicts == "frame":
+            return out
+        assert present is not None, "this foresight predicts the change of the present frames"
+        return present + out
 
     @torch.no_grad()
     def encode(self, images: UInt8[Tensor, "B V 3 Y X"]) -> Float[Tensor, "B T P"]:
