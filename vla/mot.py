@@ -58,7 +58,6 @@ class MoT(nn.Module):
     def __init__(self, graph: Graph, experts: Mapping[str, Expert]) -> None:
         super().__init__()
         self.graph = graph
-        self.space = graph.spec.space
         self.experts = ModuleDict(experts)
         self.steps = graph.steps({name: expert.depth for name, expert in experts.items()})
         self.owner = {name: stream.expert for name, stream in graph.spec.streams.items()}
@@ -78,7 +77,7 @@ class MoT(nn.Module):
         owners = self._owners(tokens)
         past = [name for name in self.graph.names if name in cache and any((row, name) in self.graph.edges for row in tokens)]
         steps = [step for step in self.steps if step.layers.keys() & owners]
-        reads: dict[tuple[Edges, tuple[str, ...]], list[_Read]] = {}
+        reads: dict[tuple[Edges, tuple[str, ...]], list[_Read]] = {}  # most steps are alike
 
         x = {e: torch.cat([tokens[n].x for n in names], dim=1) for e, names in owners.items()}
         phase = {e: self.experts[e].phase(x[e], _joined_positions([tokens[n] for n in names])) for e, names in owners.items()}
@@ -90,15 +89,17 @@ class MoT(nn.Module):
 
         for step in steps:
             layers = {e: step.layers[e] for e in owners if e in step.layers}
-            plain = {e: layer for e, layer in layers.items() if e not in step.crossed}
-            keyed = [name for e in plain for name in owners[e]]
-            projected = [self.experts[e].project(layer, x[e], phase[e], condition[e]) for e, layer in plain.items()]
-            lengths = [tokens[name].x.shape[1] for name in keyed]
-            parts = [torch.cat(part, dim=2).split(lengths, dim=2) for part in zip(*projected, strict=True)] or [(), (), ()]
-            q, k, v = (dict(zip(keyed, part, strict=True)) for part in parts)
-            for e in layers.keys() - plain.keys():
-                asked = self.experts[e].ask(layers[e], x[e], alone[e], condition[e])
-                q |= dict(zip(owners[e], asked.split([tokens[n].x.shape[1] for n in owners[e]], dim=2), strict=True))
+            q: dict[str, Tensor] = {}
+            k: dict[str, Tensor] = {}
+            v: dict[str, Tensor] = {}
+            for e, layer in layers.items():
+                lengths = [tokens[n].x.shape[1] for n in owners[e]]
+                if e in step.crossed:  # no keys of its own
+                    made: tuple[Tensor, ...] = (self.experts[e].ask(layer, x[e], alone[e], condition[e]),)
+                else:
+                    made = self.experts[e].project(layer, x[e], phase[e], condition[e])
+                for held, whole in zip((q, k, v), made, strict=False):
+                    held.update(zip(owners[e], whole.split(lengths, dim=2), strict=True))
             ready = {n: step.layers[self.owner[n]] for n in past if self.owner[n] in step.layers.keys() - step.crossed}
             keys = {n: cache[n].keys[layer] for n, layer in ready.items()} | k
             values = {n: cache[n].values[layer] for n, layer in ready.items()} | v
