@@ -99,7 +99,8 @@ class Model(nn.Module):
         inputs = self.see(inputs, names)
         given = next(t for t in (noisy, inputs.state, inputs.ids, inputs.latents) if t is not None)
         tokens = {n: self._embed(n, self.spec.streams[n].tokens, inputs, noisy, time, given.shape[0]) for n in names}
-        own = {n: part.own for n, part in {**(cache or {}), **tokens}.items() if part.own is not None}
+        own = {n: kv.own for n, kv in (cache or {}).items() if kv.own is not None}
+        own |= {n: part.own for n, part in tokens.items() if part.own is not None}
         positions = self.graph.positions(self.presence(inputs), given.shape[0], given.device, own)
         return {n: replace(part, positions=positions[n]) for n, part in tokens.items()}
 

@@ -46,8 +46,8 @@ def facts(spec: Spec, model: Model | None = None) -> dict[str, Any]:
 def _joint(steps: Sequence[Step], spec: Spec, expert: str) -> list[int]:
     """The steps in which an expert's streams and those of others read each other."""
     owner = {name: stream.expert for name, stream in spec.streams.items()}
-    apart = lambda row, col: owner[row] != owner[col] and expert in (owner[row], owner[col])  # noqa: E731
-    return [number for number, step in enumerate(steps) if any(apart(*edge) for edge in step.edges)]
+    apart = {(row, col) for row in owner for col in owner if owner[row] != owner[col] and expert in (owner[row], owner[col])}
+    return [number for number, step in enumerate(steps) if step.edges & apart]
 
 
 def _ranges(numbers: list[int]) -> str:

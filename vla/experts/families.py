@@ -74,9 +74,8 @@ def positions(is_image: Tensor, present: Tensor, grid: tuple[int, int]) -> Own:
     """
     rows, columns = grid
     shown, words = present & is_image, present & ~is_image
-    before = lambda mask: mask.long().cumsum(1) - mask.long()  # noqa: E731
-    seen = before(shown)
-    start = before(words) + seen // (rows * columns) * max(grid)
+    seen, said = (mask.long().cumsum(1) - mask.long() for mask in (shown, words))  # before each token
+    start = said + seen // (rows * columns) * max(grid)
     within = torch.where(shown, seen % (rows * columns), 0)
     out = torch.stack([start, start + within // columns, start + within % columns])
     reach = words.sum(1, keepdim=True) + shown.sum(1, keepdim=True) // (rows * columns) * max(grid)
@@ -137,8 +136,8 @@ def _qwen_inputs(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def _qwen_images(model: Any, pixels: Tensor) -> Seen:
     patches, grids = _qwen_inputs(model, pixels)
     out = model.model.visual(patches, grid_thw=grids, return_dict=True)
-    apart = lambda features: features.unflatten(0, (len(pixels), -1))  # noqa: E731
-    return Seen(apart(out.pooler_output), tuple(apart(f) for f in getattr(out, "deepstack_features", None) or ()))
+    tokens, *inject = (f.unflatten(0, (len(pixels), -1)) for f in (out.pooler_output, *(getattr(out, "deepstack_features", None) or ())))
+    return Seen(tokens, tuple(inject))
 
 
 def _views(model: Any, ids: Tensor, present: Tensor, pixels: Tensor) -> dict[str, Tensor]:

@@ -79,12 +79,12 @@ class PretrainedVLM(Expert):
         seen = self.family.images(self.model, self.normalise(images.flatten(0, 1)))
         slots = ids == self.image_token
         text = self.family.text(self.model).embed_tokens(torch.where(slots, 0, ids))  # an image's id may lie outside the vocabulary
-        put = lambda base, part: base.masked_scatter(slots[..., None], part.to(base.dtype))  # noqa: E731
-        inject = tuple(put(torch.zeros_like(text), part) for part in seen.inject)
+        x = text.masked_scatter(slots[..., None], seen.tokens.to(text.dtype))
+        inject = tuple(torch.zeros_like(text).masked_scatter(slots[..., None], part.to(text.dtype)) for part in seen.inject)
         if self.family.axes == 1:
-            return Prompt(put(text, seen.tokens), inject)
+            return Prompt(x, inject)
         here = torch.ones_like(slots) if present is None else present
-        return Prompt(put(text, seen.tokens), inject, positions(slots, here, self.grid((images.shape[-2], images.shape[-1]))))
+        return Prompt(x, inject, positions(slots, here, self.grid((images.shape[-2], images.shape[-1]))))
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T Z"]:
         """Vocabulary scores of final hidden states."""
