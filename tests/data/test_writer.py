@@ -59,6 +59,13 @@ def test_round_trip(make_dataset: MakeDataset, make_episode: MakeEpisode) -> Non
     assert not (folder / module.STAGING).exists()
 
 
+def test_statistics_stand_in_order(make_dataset: MakeDataset) -> None:
+    """lerobot writes them in the order of a set, another one in every process: two recordings of the same would differ."""
+    folder = make_dataset(2)
+    found = json.loads((folder / "meta" / "stats.json").read_text())
+    assert list(found) == sorted(found) and {"action", "observation.state"} <= found.keys()
+
+
 def test_rows_are_those_of_lerobots_recorder(make_dataset: MakeDataset, make_episode: MakeEpisode, tmp_path: Path) -> None:
     """The short way of writing images gives the same files as ``LeRobotDataset.add_frame``."""
     from lerobot.datasets import LeRobotDataset
