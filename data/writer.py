@@ -122,8 +122,9 @@ class DatasetWriter:
         self._episodes.add(row)
         if (self._stage / "meta" / "tasks.parquet").is_file():
             publish(self._stage / "meta" / "tasks.parquet", self.path / "meta" / "tasks.parquet")
-        statistics = json.loads((self._stage / "meta" / "stats.json").read_text())  # lerobot's order changes from process to process
-        write_file(self.path / "meta" / "stats.json", json.dumps(statistics, indent=4, sort_keys=True))
+        statistics = self._stage / "meta" / "stats.json"  # lerobot's order changes from process to process
+        statistics.write_text(json.dumps(json.loads(statistics.read_text()), indent=4, sort_keys=True))
+        publish(statistics, self.path / "meta" / "stats.json")
         with (self.path / EPISODES_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"episode_index": self._count, **_plain(episode.meta)}) + "\n")
             file.flush()
