@@ -112,7 +112,7 @@ def expert_parity(model: Model) -> float | None:
         assert data.images is not None and data.ids is not None and data.present is not None
         hidden, _ = alone.mot(alone.embed([name], data), {}, outputs=[name])
         ours = expert.logits(hidden[name])
-        more = expert.family.alone(expert.model, data.ids, data.present, expert.normalise(data.images))
+        more = expert.family.alone(expert.model, data.ids, expert.normalise(data.images))
         theirs = expert.model(input_ids=data.ids, attention_mask=data.present.long(), **more).logits
         scale = float(theirs[data.present].abs().max().clamp(min=1))
         worst = max(worst or 0.0, float((ours - theirs)[data.present].abs().max()) / scale)

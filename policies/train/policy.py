@@ -117,7 +117,7 @@ class PolicyTask:
         self.present = Kept(len(self.images), self.sampler.frames)
         self.seeing = any(module.needs_present for module in self.module.foresight.values())
         frames = self.sampler.gather(self.sampler.frames)["future"]
-        self.latent = Kept(len(self.images), np.unique([*frames, *(self.sampler.frames if self.seeing else [])]))
+        self.latent = Kept(len(self.images), np.union1d(frames, self.sampler.frames if self.seeing else frames))
         self.latents = self._encode_latents()
         self.prefix = self._encode_prefixes()
 
@@ -139,6 +139,7 @@ class PolicyTask:
             "actions": torch.from_numpy(self.action.normalise(drawn["action"]).astype(np.float32)),
             "mask": torch.from_numpy(drawn["mask"]),
             "future": self._latents(drawn["future"]),
+            "ids": ids[frames],
             "present": present[frames],
         }
         if self.seeing:
@@ -150,7 +151,7 @@ class PolicyTask:
             batch["prefix"] = torch.from_numpy(kept).view(torch.bfloat16)
         else:
             views = self.images[frames] if self.recipe.augment is None else augment(self.images[frames], self.recipe.augment, rng)
-            batch |= {"images": torch.from_numpy(views).permute(0, 1, 4, 2, 3), "ids": ids[frames]}
+            batch["images"] = torch.from_numpy(views).permute(0, 1, 4, 2, 3)
         return batch
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -163,7 +164,9 @@ class PolicyTask:
         cache = None
         if "prefix" in batch:  # (B, L, 2, G, T, H)
             layers = [layer.unbind(1) for layer in batch["prefix"].unbind(1)]
-            kv = KV(tuple(k for k, _ in layers), tuple(v for _, v in layers), batch["present"])
+            height, width = self.images.shape[2:4]
+            own = self.module.vlm(self._prompt_stream).own(batch["ids"], batch["present"], (height, width))
+            kv = KV(tuple(k for k, _ in layers), tuple(v for _, v in layers), batch["present"], own)
             cache = {self._prompt_stream: kv}
         return self.module.losses(inputs, targets, noise, time, cache)
 

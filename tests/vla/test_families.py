@@ -143,6 +143,22 @@ def test_a_missing_view_moves_nothing(spec) -> None:
     torch.testing.assert_close(whole, cut, atol=TOLERANCE, rtol=0)
 
 
+def test_a_prefix_kept_for_training_counts_on(spec) -> None:
+    """Keys and values alone do not say where a prompt ends that counts in its own way; training rebuilds that from the ids."""
+    model = build(spec).eval()
+    data = probe(model)
+    with torch.no_grad():
+        kept = model.observe(data.inputs)[0]["obs"]
+        vlm = model.vlm("obs")
+        rebuilt = replace(kept, own=vlm.own(data.inputs.ids, data.inputs.present, (32, 32)))
+        blind = replace(data.inputs, images=None)
+        whole, _ = model.joint(data.inputs, data.noise, data.time)
+        again, _ = model.joint(blind, data.noise, data.time, {"obs": rebuilt})
+        drifted, _ = model.joint(blind, data.noise, data.time, {"obs": replace(kept, own=None)})
+    torch.testing.assert_close(whole, again, atol=TOLERANCE, rtol=0)
+    assert torch.allclose(whole, drifted, atol=TOLERANCE) == (vlm.family.axes == 1)
+
+
 def _shortened(spec: Any, tokens: int) -> dict[str, Any]:
     streams = spec.model_dump()["streams"]
     streams["obs"]["length"] -= tokens

@@ -40,7 +40,7 @@ class Family:
         text: the model -> its text transformer (``embed_tokens``, ``layers``, ``norm``, ``rotary_emb``).
         images: (model, normalised pixels (N, 3, Y, X)) -> ``Seen``.
         grid: (model, (Y, X)) -> rows and columns of an image's tokens.
-        alone: (model, ids, present, pixels (B, V, 3, Y, X)) -> further arguments of the model's own forward for the same prompt.
+        alone: (model, ids, pixels (B, V, 3, Y, X)) -> further arguments of the model's own forward for the same prompt.
         phase: (text transformer, x, positions) -> cosine and sine (B, T, H).
         axes: rotary axes; with 3 an image's tokens have a time, a row and a column, and the next token follows the larger side.
         bidirectional: whether a prompt's tokens read each other both ways (a prefix LM).
@@ -50,7 +50,7 @@ class Family:
     text: Callable[[Any], Any]
     images: Images
     grid: Callable[[Any, tuple[int, int]], tuple[int, int]]
-    alone: Callable[[Any, Tensor, Tensor, Tensor], dict[str, Tensor]]
+    alone: Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
     phase: Phase
     axes: int = 1
     bidirectional: bool = False
@@ -140,19 +140,19 @@ def _qwen_images(model: Any, pixels: Tensor) -> Seen:
     return Seen(tokens, tuple(inject))
 
 
-def _views(model: Any, ids: Tensor, present: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+def _views(model: Any, ids: Tensor, pixels: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": pixels}
 
 
-def _flat_views(model: Any, ids: Tensor, present: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+def _flat_views(model: Any, ids: Tensor, pixels: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": pixels.flatten(0, 1)}
 
 
-def _prefix_views(model: Any, ids: Tensor, present: Tensor, pixels: Tensor) -> dict[str, Tensor]:
-    return _flat_views(model, ids, present, pixels) | {"token_type_ids": torch.zeros_like(ids)}
+def _prefix_views(model: Any, ids: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+    return _flat_views(model, ids, pixels) | {"token_type_ids": torch.zeros_like(ids)}
 
 
-def _qwen_views(model: Any, ids: Tensor, present: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+def _qwen_views(model: Any, ids: Tensor, pixels: Tensor) -> dict[str, Tensor]:
     patches, grids = _qwen_inputs(model, pixels.flatten(0, 1))
     return {"pixel_values": patches, "image_grid_thw": grids, "mm_token_type_ids": (ids == model.config.image_token_id).int()}
 

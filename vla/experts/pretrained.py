@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ..attention import rotary, rotate
+from ..graph import Own
 from ..spec import PretrainedExpert, Space
 from ..weights.references import resolve_architecture, resolve_weights
 from .base import QKV, Expert, Prompt
@@ -81,10 +82,14 @@ class PretrainedVLM(Expert):
         text = self.family.text(self.model).embed_tokens(torch.where(slots, 0, ids))  # an image's id may lie outside the vocabulary
         x = text.masked_scatter(slots[..., None], seen.tokens.to(text.dtype))
         inject = tuple(torch.zeros_like(text).masked_scatter(slots[..., None], part.to(text.dtype)) for part in seen.inject)
+        return Prompt(x, inject, self.own(ids, present, (images.shape[-2], images.shape[-1])))
+
+    def own(self, ids: Int[Tensor, "B T"], present: Bool[Tensor, "B T"] | None, size: tuple[int, int]) -> Own | None:
+        """Positions of a prompt with images of ``size`` (Y, X), where the family counts them in its own way."""
         if self.family.axes == 1:
-            return Prompt(x, inject)
-        here = torch.ones_like(slots) if present is None else present
-        return Prompt(x, inject, positions(slots, here, self.grid((images.shape[-2], images.shape[-1]))))
+            return None
+        is_image = ids == self.image_token
+        return positions(is_image, torch.ones_like(is_image) if present is None else present, self.grid(size))
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T Z"]:
         """Vocabulary scores of final hidden states."""
