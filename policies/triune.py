@@ -60,7 +60,7 @@ class TriunePolicy(Policy):
         began = time.perf_counter()
         padded = requests + [requests[-1]] * (BATCH - len(requests))
         inputs = self.inputs([r.observation for r in padded])
-        noise = torch.from_numpy(np.stack([self._noise(r) for r in padded])).to(self.device)
+        noise = {self.model.action_stream: torch.from_numpy(np.stack([self._noise(r) for r in padded])).to(self.device)}
         encoded = time.perf_counter()
         outputs = infer(self.model, inputs, noise)
         for request in requests:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .spec import DecoderExpert, FlowHead, LatentHead, Phase, PhaseKind, Spec
+from .spec import DecoderExpert, Phase, PhaseKind, Spec
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,16 @@ class Step:
 
     Attributes:
         layers: expert -> which of its layers runs; those not named rest.
-        edges: (row, col) of the streams that read each other in it.
+        edges: (row, col) of the streams that read each other's keys in it.
         crossed: experts whose layer has no keys of its own and projects those of others anew.
+        informed: experts whose layer reads final hidden states; of these ``apart`` do so in place of attention to keys.
     """
 
     layers: Mapping[str, int]
     edges: Edges
     crossed: frozenset[str] = frozenset()
+    informed: frozenset[str] = frozenset()
+    apart: frozenset[str] = frozenset()
 
 
 class Graph:
@@ -53,25 +56,47 @@ class Graph:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.names = tuple(spec.streams)
+        self.contexts = tuple(n for n in self.names if spec.streams[n].expert is None)
+        self.owner = {n: e for n in self.names if (e := spec.streams[n].expert) is not None}
         self.edges = {(row, col): edge for row in self.names for col in self.names if (edge := spec.edge(row, col))}
         self._check_edges()
+        self.stages = self._stages()
         self.phases = dict(spec.schedule) if spec.schedule else self._derive_phases()
-        self._check_phases()
+        self._check_phases(self.phases, "the schedule")
+        for name, mode in spec.modes.items():
+            self._check_phases(mode, f"mode '{name}'")
 
     def reads(self, row: str) -> tuple[str, ...]:
-        """Streams that ``row`` reads, in token order."""
-        return tuple(col for col in self.names if (row, col) in self.edges)
+        """Streams that ``row`` reads, in token order; contexts, which are always there, left out."""
+        return tuple(col for col in self.names if (row, col) in self.edges and col in self.owner)
 
-    def cached(self) -> dict[str, tuple[str, ...]]:
-        """The cache plan: phase -> streams whose keys and values it must keep for a later phase.
+    def informs(self, col: str, rows: Sequence[str]) -> bool:
+        """Whether one of ``rows`` needs the final hidden states of ``col``."""
+        return any(col in self._sources(row) for row in rows)
+
+    def schedule(self, mode: str | None = None) -> Mapping[str, Phase]:
+        """The phases of a mode, by default those of the schedule.
+
+        Raises:
+            UserError: the spec has no such mode.
+        """
+        if mode is None:
+            return self.phases
+        if mode not in self.spec.modes:
+            raise UserError(f"{self.spec.name} has no mode '{mode}' (it has {', '.join(self.spec.modes) or 'none'})")
+        return self.spec.modes[mode]
+
+    def cached(self, mode: str | None = None) -> dict[str, tuple[str, ...]]:
+        """The cache plan: phase -> streams whose keys and values (or hidden states) it must keep for a later phase.
 
         A stream that no later phase reads is never kept; one that is kept is computed once per observation.
         """
-        order = list(self.phases.values())
+        phases = self.schedule(mode)
+        order = list(phases.values())
         plan = {}
-        for i, (name, phase) in enumerate(self.phases.items()):
+        for i, (name, phase) in enumerate(phases.items()):
             readers = [row for later in order[i + 1 :] for row in later.streams]
-            plan[name] = tuple(s for s in phase.streams if any((row, s) in self.edges for row in readers))
+            plan[name] = tuple(s for s in phase.streams if self.informs(s, readers) or any((row, s) in self.edges for row in readers))
         return plan
 
     def steps(self, depths: Mapping[str, int]) -> list[Step]:
@@ -81,14 +106,16 @@ class Graph:
             UserError: depths differ and nothing says how they meet, or an expert meets others where none of its layers runs.
         """
         couple = self.spec.couple
-        loose = [name for name in depths if name not in couple]
+        keyed = [(self.owner[row], self.owner[col]) for (row, col), edge in self.edges.items() if edge.via == "keys"]
+        met = {name for pair in keyed if pair[0] != pair[1] for name in pair}
+        loose = [name for name in depths if name not in couple and name in met]
         if len({depths[name] for name in loose}) > 1:
             raise UserError(
                 f"{self.spec.name}: the experts' depths differ ({', '.join(f'{n} {depths[n]}' for n in loose)}), so their layers do not "
                 "meet one to one; say in couple where they stand (first, every, joint)"
             )
         where = {name: range(c.first, c.first + c.every * depths[name], c.every) for name, c in couple.items()}
-        where |= {name: range(depths[name]) for name in loose}
+        where |= {name: range(depths[name]) for name in depths if name not in couple}
         for name, c in couple.items():
             if c.joint is not None and not set(range(*c.joint)) & set(where[name]):
                 raise UserError(
@@ -117,7 +144,7 @@ class Graph:
             (B or 1, 1, T_rows, T_cols), or None when every row token reads every column token. A row that could read
             nothing at all (an absent token of its own stream) reads itself, so that softmax stays finite.
         """
-        held = self.edges.keys() if edges is None else edges
+        held = {pair for pair, edge in self.edges.items() if edge.via == "keys"} if edges is None else edges
         simple = all((r, c) in held and self.edges[r, c].relation == "full" for r in rows for c in cols)
         if simple and all(present.get(c) is None for c in cols):
             return None
@@ -138,40 +165,57 @@ class Graph:
         device: torch.device | None = None,
         own: Mapping[str, Own] | None = None,
     ) -> dict[str, Tensor]:
-        """Rotary position ids (B, T) of every stream: a pure function of the spec and of what is present.
+        """Rotary position ids (B, T) of every stream, (3, B, T) where it has a grid or counts its own: a pure function of the spec and
+        of what is present.
 
         ``continue`` streams count on after the last present token of all earlier streams; absent tokens do not count.
 
         Args:
             own: streams whose expert counts in its own way.
         """
-        out: dict[str, Tensor] = {}
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.owner}
         offset = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        for name in self.names:
+        starts = {name: offset + stream.start for name, stream in self.spec.streams.items()}
+        for name, tokens in self._pieces():
+            stream = self.spec.streams[name]
+            here = self._presence(name, present.get(name), batch, device)[:, tokens].long()
             if own and name in own:
                 local, reach = own[name].positions, own[name].reach
+            elif stream.grid is not None:
+                local, reach = _grid(stream.grid, batch, device), torch.full_like(offset, max(stream.grid))
+            elif stream.ids == "one":
+                local, reach = torch.zeros_like(here), here.amax(1, keepdim=True)
             else:
-                here = self._presence(name, present.get(name), batch, device).long()
                 local, reach = (here.cumsum(1) - 1).clamp(min=0), here.sum(1, keepdim=True)
-            restart = self.spec.streams[name].positions == "restart"
-            out[name] = local if restart else local + offset
-            if not restart:
-                offset = offset + reach
-        return out
+            if stream.positions == "restart":
+                shift = torch.stack([starts[name], offset * 0, offset * 0]) if stream.grid is not None else starts[name]
+                parts[name].append(local + shift)
+                starts[name] = starts[name] + reach
+            else:
+                parts[name].append(local + offset)
+                offset = offset + reach if stream.advances else offset
+        return {name: torch.cat(part, dim=-1) for name, part in parts.items()}
 
     def reaches(self, steps: Sequence[Step], gradient: bool = False) -> Tensor:
         """Token-level closure over the steps of the backbone: entry (i, j) is True where token i depends on token j.
 
         With ``gradient`` detached edges carry nothing, so the closure says where a gradient can flow.
         """
-        sizes = [self.spec.streams[n].length for n in self.names]
-        closure = torch.eye(sum(sizes), dtype=torch.bool)
-        for step in steps:
-            edges = frozenset(e for e in step.edges if not (gradient and self.edges[e].detach))
-            mask = self.mask(self.names, self.names, {}, edges=edges)
-            allowed = torch.ones_like(closure) if mask is None else mask[0, 0]
-            closure = ((torch.eye(len(closure), dtype=torch.bool) | allowed).float() @ closure.float()) > 0
-        return closure
+        eye = torch.eye(sum(self.spec.streams[n].length for n in self.names), dtype=torch.bool)
+        allowed, final = {}, eye
+        for edges, informed in dict.fromkeys((step.edges, step.informed) for step in steps):
+            open_edges = frozenset(e for e in edges if not (gradient and self.edges[e].detach))
+            mask = self.mask(self.names, self.names, {}, edges=open_edges)
+            heard = [(r, c) for (r, c), e in self.edges.items() if e.via == "hidden" and self.owner[r] in informed]
+            told = self._pairs([(r, c) for r, c in heard if not (gradient and self.edges[r, c].detach)])
+            allowed[edges, informed] = eye | (torch.ones_like(eye) if mask is None else mask[0, 0]), told
+        for _ in self.stages:  # hidden states of earlier stages are right by then
+            closure = eye | (self._pairs([(n, of) for n, of in self._made_of_hidden().items()], own=True).float() @ final.float() > 0)
+            for step in steps:
+                read, told = allowed[step.edges, step.informed]
+                closure = (read.float() @ closure.float() + told.float() @ final.float()) > 0
+            final = closure
+        return final
 
     def matrix(self) -> list[list[str]]:
         """The explicit stream matrix: relation by which row reads column, '-' for nothing, '*' marks a detached edge."""
@@ -184,8 +228,8 @@ class Graph:
             "matrix": self.matrix(),
             "phases": {n: p.model_dump(mode="json") for n, p in self.phases.items()},
         }
-        if self.spec.couple:
-            facts["couple"] = {n: c.model_dump(mode="json") for n, c in self.spec.couple.items()}
+        rest = self.spec.model_dump(mode="json", include={"couple", "sequence", "modes"})
+        facts |= {key: value for key, value in rest.items() if value}
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
     # steps ----------------------------------------------------------------------------------------------------------
@@ -194,29 +238,92 @@ class Graph:
         """The step in which ``layers`` run: streams of one expert read each other, those of several where all of them meet."""
         couple = self.spec.couple
         meets = {n for n in layers if n not in couple or (j := couple[n].joint) is None or j[0] <= number < j[1]}
-        owner = {name: stream.expert for name, stream in self.spec.streams.items()}
-        experts = self.spec.experts
-        crossed = frozenset(n for n, layer in layers.items() if isinstance(e := experts[n], DecoderExpert) and e.crosses(layer))
+        cross = {n: e.cross for n, layer in layers.items() if isinstance(e := self.spec.experts[n], DecoderExpert) and e.crosses(layer)}
+        crossed = frozenset(n for n, c in cross.items() if c is not None and c.reads == "keys")
+        informed = frozenset(cross) - crossed
+        apart = frozenset(n for n in informed if (c := cross[n]) is not None and c.place == "instead")
 
         def holds(row: str, col: str) -> bool:
-            one, other = owner[row], owner[col]
-            return other not in crossed and (one in layers if one == other else one in meets and other in meets)
+            one, other = self.owner[row], self.owner[col]
+            return (
+                other not in crossed | apart and one not in apart and (one in layers if one == other else one in meets and other in meets)
+            )
 
-        return Step(layers, frozenset(edge for edge in self.edges if holds(*edge)), crossed)
+        keyed = [pair for pair, edge in self.edges.items() if edge.via == "keys"]
+        return Step(layers, frozenset(pair for pair in keyed if holds(*pair)), crossed, informed, apart)
+
+    def _stages(self) -> list[tuple[str, ...]]:
+        """Streams in the order in which one joint forward runs them: who needs final hidden states comes after those who have them."""
+        stage = dict.fromkeys(self.owner, 0)
+        for _ in range(len(stage) + 1):
+            before = dict(stage)
+            for row in stage:
+                hidden = [stage[s] + 1 for s in self._sources(row) if s in stage]
+                stage[row] = max([stage[row], *hidden, *(stage[c] for c in self.reads(row) if self.edges[row, c].via == "keys")])
+            if stage == before:
+                return [tuple(n for n in stage if stage[n] == i) for i in range(max(stage.values()) + 1)]
+        late = ", ".join(n for n in stage if stage[n] != before[n])
+        raise UserError(f"{self.spec.name}: {late} need final hidden states that depend on themselves; cut an edge via hidden")
+
+    def _sources(self, row: str) -> set[str]:
+        """Streams whose final hidden states ``row`` needs: those it reads them from, and what it is made of."""
+        made = self._made_of_hidden()
+        return {c for (r, c), e in self.edges.items() if r == row and e.via == "hidden"} | ({made[row]} if row in made else set())
+
+    def _made_of_hidden(self) -> dict[str, str]:
+        return {n: s.of for n, s in self.spec.streams.items() if s.tokens == "hidden" and s.of is not None}
+
+    def _pieces(self) -> list[tuple[str, slice]]:
+        """Tokens in the order of the sequence: whole streams, or pieces of those that are interleaved."""
+        out: list[tuple[str, slice]] = []
+        begun: dict[str, int] = {}
+        interleaved = {piece.stream for piece in self.spec.sequence}
+        for name in self.owner:
+            if name not in interleaved:
+                out.append((name, slice(0, self.spec.streams[name].length)))
+            elif not begun:
+                for piece in self.spec.sequence:
+                    start = begun.get(piece.stream, 0)
+                    begun[piece.stream] = start + piece.length
+                    out.append((piece.stream, slice(start, start + piece.length)))
+        return out
+
+    def _order(self, name: str, block: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+        """Of each token its place and its block: in the interleaved sequence with pieces as blocks, or in its own stream."""
+        if not any(piece.stream == name for piece in self.spec.sequence):
+            places = torch.arange(self.spec.streams[name].length, device=device)
+            return places, places // block
+        numbers = torch.cat([torch.full((piece.length,), i, device=device) for i, piece in enumerate(self.spec.sequence)])
+        mine = torch.tensor([piece.stream == name for piece in self.spec.sequence], device=device)[numbers]
+        return mine.nonzero()[:, 0], numbers[mine]
+
+    def _pairs(self, pairs: Sequence[tuple[str, str]], own: bool = False) -> Tensor:
+        """(N, N) over all tokens: True between all tokens of each (row, col), or with ``own`` between those of the same number."""
+        ends = torch.tensor([0, *(self.spec.streams[n].length for n in self.names)]).cumsum(0).tolist()
+        at = {n: slice(a, b) for n, a, b in zip(self.names, ends[:-1], ends[1:], strict=True)}
+        out = torch.zeros(ends[-1], ends[-1], dtype=torch.bool)
+        for row, col in pairs:
+            block = out[at[row], at[col]]
+            block |= torch.eye(len(block), dtype=torch.bool) if own else torch.ones_like(block)
+        return out
 
     # derivation -----------------------------------------------------------------------------------------------------
 
     def _kind(self, stream: str) -> PhaseKind:
-        head = self.spec.heads.get(stream)
-        return "denoise" if isinstance(head, FlowHead) else "regress" if isinstance(head, LatentHead) else "prefill"
+        return "denoise" if stream in self.spec.flows else "regress" if stream in self.spec.heads else "prefill"
+
+    def _needs(self, stream: str) -> set[str]:
+        """Streams that must be there before or while ``stream`` runs in inference."""
+        made = self.spec.streams[stream].of if self.spec.streams[stream].tokens == "clean" else None
+        return {s for s in {*self.reads(stream), *self._sources(stream)} if s in self.owner} | ({made} if made else set())
 
     def _derive_phases(self) -> dict[str, Phase]:
         done: list[str] = []
         phases: dict[str, Phase] = {}
-        while len(done) < len(self.names):
-            ready = [n for n in self.names if n not in done and all(c in done or c == n for c in self.reads(n))]
+        while len(done) < len(self.owner):
+            ready = [n for n in self.owner if n not in done and all(c in done or c == n for c in self._needs(n))]
             if not ready:
-                left = ", ".join(n for n in self.names if n not in done)
+                left = ", ".join(n for n in self.owner if n not in done)
                 raise UserError(
                     f"{self.spec.name}: streams {left} read each other in a cycle; "
                     "give a schedule that puts them in one phase, or cut an edge"
@@ -224,7 +331,8 @@ class Graph:
             kind = min((self._kind(n) for n in ready), key=("prefill", "regress", "denoise").index)
             streams = tuple(n for n in ready if self._kind(n) == kind)
             last = next(reversed(phases)) if phases else None
-            if last and phases[last].kind == kind and kind == "prefill":
+            apart = last is not None and any(set(phases[last].streams) & self._sources(n) for n in streams)
+            if last and phases[last].kind == kind and kind == "prefill" and not apart:
                 phases[last] = Phase(kind=kind, streams=phases[last].streams + streams)
             else:
                 phases["_".join([kind, *streams])] = Phase(kind=kind, streams=streams, steps=10 if kind == "denoise" else None)
@@ -234,37 +342,64 @@ class Graph:
     # checks ---------------------------------------------------------------------------------------------------------
 
     def _check_edges(self) -> None:
+        interleaved = {piece.stream for piece in self.spec.sequence}
         for (row, col), edge in self.edges.items():
-            reader, read = self.spec.streams[row], self.spec.streams[col]
-            if self.spec.experts[reader.expert].frozen and reader.expert != read.expert:
+            where = f"{self.spec.name}: edges.{row}.{col}"
+            if row not in self.owner:
+                raise UserError(f"{where}: {row} is a context, which reads nothing; cut the edge or give the stream an expert")
+            reader, owner = self.spec.streams[row], self.owner.get(col)
+            expert = self.spec.experts[self.owner[row]]
+            if expert.frozen and self.owner[row] != owner and not expert.allow_perturb:
                 raise UserError(
-                    f"{self.spec.name}: edges.{row}.{col}: the expert '{reader.expert}' of {row} is frozen and must not read {col}, "
-                    "which would change it; cut the edge or unfreeze it"
+                    f"{where}: the expert '{reader.expert}' of {row} is frozen and must not read {col}, "
+                    "which would change it; cut the edge, unfreeze it, or say allow_perturb: true"
                 )
-            if edge.relation != "full" and row != col:
-                raise UserError(f"{self.spec.name}: edges.{row}.{col}: relation '{edge.relation}' holds inside one stream only; use 'full'")
-            if edge.relation in ("block_causal", "own_block") and reader.block is None:
-                raise UserError(f"{self.spec.name}: edges.{row}.{col}: relation '{edge.relation}' needs streams.{row}.block")
+            if edge.relation != "full" and row != col and not {row, col} <= interleaved:
+                raise UserError(f"{where}: relation '{edge.relation}' holds inside one stream or sequence only; use 'full'")
+            if edge.relation in ("block_causal", "own_block") and reader.block is None and row not in interleaved:
+                raise UserError(f"{where}: relation '{edge.relation}' needs streams.{row}.block")
+            if edge.via == "keys" and owner is None:
+                raise UserError(f"{where}: the context {col} has no keys; read it with {{via: hidden}}")
+            cross = expert.cross if isinstance(expert, DecoderExpert) else None
+            if edge.via == "hidden" and (cross is None or cross.reads != "hidden"):
+                raise UserError(f"{where}: no layer of expert '{reader.expert}' reads hidden states; set its cross: {{reads: hidden}}")
+        for expert_name in self.spec.experts:
+            rows = [n for n in self.owner if self.owner[n] == expert_name]
+            heard = {col: self._detached(rows, col) for (row, col), e in self.edges.items() if row in rows and e.via == "hidden"}
+            for col, kinds in heard.items():
+                if len(kinds) > 1:
+                    raise UserError(
+                        f"{self.spec.name}: all streams of expert '{expert_name}' must detach the hidden states of {col}, or none"
+                    )
 
-    def _check_phases(self) -> None:
-        listed = [s for phase in self.phases.values() for s in phase.streams]
-        if sorted(listed) != sorted(self.names):
+    def _detached(self, rows: Sequence[str], col: str) -> set[bool]:
+        return {self.edges[row, col].detach for row in rows if (row, col) in self.edges}
+
+    def _check_phases(self, phases: Mapping[str, Phase], what: str) -> None:
+        listed = [s for phase in phases.values() for s in phase.streams]
+        left = [n for n in self.owner if n not in listed]
+        missed = any(n not in self.spec.heads or any(n in self._needs(row) for row in listed) for n in left)
+        if len(set(listed)) < len(listed) or set(listed) - set(self.owner) or missed:
             raise UserError(
-                f"{self.spec.name}: the schedule must name every stream once ({', '.join(self.names)}), it names {', '.join(listed)}"
+                f"{self.spec.name}: {what} must name every stream once ({', '.join(self.owner)}), but for heads that nobody reads; "
+                f"it names {', '.join(listed)}"
             )
         done: set[str] = set()
-        for name, phase in self.phases.items():
-            done |= set(phase.streams)
+        for name, phase in phases.items():
+            held = done
+            done = done | set(phase.streams)
             for row in phase.streams:
-                late = [c for c in self.reads(row) if c not in done]
+                late = sorted(self._needs(row) - done | (self._sources(row) & set(phase.streams)) - held)
                 if late:
                     raise UserError(
-                        f"{self.spec.name}: {row} runs in phase '{name}' but reads {', '.join(late)}, which a later phase makes"
+                        f"{self.spec.name}: {row} runs in phase '{name}' of {what} but reads {', '.join(late)}, which a later phase makes"
                     )
-                kind = self._kind(row)
-                if kind != phase.kind:
+                if phase.kind not in (self._kind(row), "denoise") or (
+                    phase.kind == "denoise" and not set(phase.streams) & set(self.spec.flows)
+                ):
+                    kind = self._kind(row)
                     raise UserError(
-                        f"{self.spec.name}: {row} is of kind {kind} by its head and cannot run in the {phase.kind} phase '{name}'"
+                        f"{self.spec.name}: {row} is of kind {kind} by its head and cannot run in the {phase.kind} phase '{name}' of {what}"
                     )
 
     # blocks of the mask ---------------------------------------------------------------------------------------------
@@ -274,18 +409,17 @@ class Graph:
         edge = self.edges.get((row, col))
         if edge is None or not held:
             return torch.zeros(rows, cols, dtype=torch.bool, device=device)
-        i = torch.arange(rows, device=device)[:, None]
-        j = torch.arange(cols, device=device)[None, :]
         block = self.spec.streams[row].block or 1
+        (i, mine), (j, theirs) = (self._order(name, block, device) for name in (row, col))
         match edge.relation:
             case "full":
                 return torch.ones(rows, cols, dtype=torch.bool, device=device)
             case "causal":
-                return j <= i
+                return j <= i[:, None]
             case "block_causal":
-                return j // block <= i // block
+                return theirs <= mine[:, None]
             case "own_block":
-                return j // block == i // block
+                return theirs == mine[:, None]
 
     def _own(self, row: str, col: str, device: torch.device | None) -> Tensor:
         rows, cols = self.spec.streams[row].length, self.spec.streams[col].length
@@ -300,4 +434,11 @@ class Graph:
 
     def _symbol(self, row: str, col: str) -> str:
         edge = self.edges.get((row, col))
-        return "-" if edge is None else edge.relation + ("*" if edge.detach else "")
+        name = None if edge is None else edge.relation if edge.via == "keys" else "hidden"
+        return "-" if edge is None or name is None else name + ("*" if edge.detach else "")
+
+
+def _grid(grid: tuple[int, int, int], batch: int, device: torch.device | None) -> Tensor:
+    """Frame, row and column (3, B, T) of the tokens of a grid."""
+    axes = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
+    return torch.stack([axis.flatten() for axis in axes])[:, None].expand(-1, batch, -1)

@@ -1,21 +1,22 @@
 """A spec made runnable: embed the streams, run the backbone, read the heads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import UserError
 from .experts import Decoder, Expert, PretrainedVLM
-from .flow import interpolate
+from .flow import flow_loss, interpolate, table
 from .foresight import LatentForesight
 from .graph import Graph
-from .heads import ActionHead, StateEncoder
+from .heads import FlowCodec, StateEncoder, mlp
 from .modules import ModuleDict
 from .mot import KV, Cache, MoT, Tokens
-from .spec import DecoderExpert, FlowHead, LatentHead, PretrainedExpert, Spec
+from .spec import DecoderExpert, FlowHead, LatentHead, PretrainedExpert, Spec, Stream, TimeFeatures
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Inputs:
         ids: prompt token ids (B, T); present: (B, T) bool, False on padding.
         state: normalised proprioception (B, S).
         latents: patches (B, T, P) of the present frames, where foresight needs them; encoded from ``images`` where absent.
+        features: context -> (B, T, W), and which of them are there, (B, T) bool, where not all are.
+        clean: stream -> data (B, T, X) of a flow that is given without noise.
+        dropped: stream -> (B,) bool, True where a row goes without it (what guidance compares with).
     """
 
     images: UInt8[Tensor, "B V 3 Y X"] | None = None
@@ -34,6 +38,9 @@ class Inputs:
     present: Bool[Tensor, "B T"] | None = None
     state: Float[Tensor, "B S"] | None = None
     latents: Float[Tensor, "B L P"] | None = None
+    features: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    clean: Mapping[str, Tensor] = field(default_factory=dict)
+    dropped: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,14 @@ class Targets:
     actions: Float[Tensor, "B C A"]
     mask: Bool[Tensor, "B C"]
     future: Tensor
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """A flow between noise and data: x (B, T, X) at the time (B, T) of each token."""
+
+    x: Tensor
+    time: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,19 +84,23 @@ class Model(nn.Module):
         super().__init__()
         self.spec = spec
         self.graph = Graph(spec)
-        experts = {name: _expert(config, spec) for name, config in spec.experts.items()}
-        _check_space(spec, experts)
-        self.mot = MoT(self.graph, experts)
-        widths = {name: experts[stream.expert].width for name, stream in spec.streams.items()}
-        linear = {name: stream.encoder == "linear" for name, stream in spec.streams.items()}
-        states = [name for name, stream in spec.streams.items() if stream.tokens == "state"]
-        self.states = ModuleDict({n: StateEncoder(spec.state_dim, widths[n], linear[n]) for n in states})
-        flows = {n: h for n, h in spec.heads.items() if isinstance(h, FlowHead)}
-        latents = {n: h for n, h in spec.heads.items() if isinstance(h, LatentHead)}
-        self.actions = ModuleDict({n: ActionHead(h.action_dim, widths[n], self._mixed_time(n), linear[n]) for n, h in flows.items()})
-        self.foresight = ModuleDict(
-            {n: LatentForesight(h, widths[n], spec.streams[n].length, spec.streams[n].tokens == "latents") for n, h in latents.items()}
+        self.mot = MoT(self.graph, _experts(spec, self.graph))
+        streams = spec.streams
+        widths = {n: s.width or self.mot.experts[self.graph.owner[n]].width for n, s in streams.items()}
+        times = {n: self._time(n) for n in streams}
+        kinds = {kind: [n for n, s in streams.items() if s.tokens == kind] for kind in ("state", "hidden", "queries")}
+        self.states = ModuleDict({n: StateEncoder(spec.state_dim, widths[n], streams[n].encoder) for n in kinds["state"]})
+        self.actions = ModuleDict(
+            {n: FlowCodec(h.action_dim, widths[n], streams[n].encoder, *times[n]) for n, h in spec.heads.items() if isinstance(h, FlowHead)}
         )
+        self.foresight = ModuleDict(
+            {n: LatentForesight(h, streams[n], widths[n], *times[n]) for n, h in spec.heads.items() if isinstance(h, LatentHead)}
+        )
+        self.adapters = ModuleDict(
+            {n: mlp(widths[s.of], widths[n], s.encoder) for n in kinds["hidden"] if (s := streams[n]).of is not None}
+        )
+        learned = {n: torch.randn(streams[n].length, widths[n]) * 0.02 for n in kinds["queries"] if n not in spec.heads}
+        self.registers = nn.ParameterDict(learned)
         for name, config in spec.experts.items():
             if config.frozen:
                 self.mot.experts[name].requires_grad_(False)
@@ -89,36 +108,89 @@ class Model(nn.Module):
     # the parts of a forward pass ------------------------------------------------------------------------------------
 
     def embed(
-        self, names: Sequence[str], inputs: Inputs, noisy: Tensor | None = None, time: Tensor | None = None, cache: Cache | None = None
+        self, names: Sequence[str], inputs: Inputs, noisy: Mapping[str, Noisy] | None = None, cache: Cache | None = None
     ) -> dict[str, Tokens]:
-        """Tokens of the streams ``names``; action streams take the ``noisy`` chunk (B, C, A) and its ``time`` (B, C).
+        """Tokens of the streams ``names``; flows take what is ``noisy``.
 
         Args:
             cache: streams computed before; those after them count on from where they ended.
         """
         inputs = self.see(inputs, names)
-        given = next(t for t in (noisy, inputs.state, inputs.ids, inputs.latents) if t is not None)
-        tokens = {n: self._embed(n, self.spec.streams[n].tokens, inputs, noisy, time, given.shape[0]) for n in names}
-        own = {n: kv.own for n, kv in (cache or {}).items() if kv.own is not None}
+        noisy, cache = noisy or {}, cache or {}
+        batch, device = _batch(inputs, noisy, cache)
+        tokens = {n: self._embed(n, inputs, noisy, cache, batch) for n in names}
+        own = {n: kv.own for n, kv in cache.items() if kv.own is not None}
         own |= {n: part.own for n, part in tokens.items() if part.own is not None}
-        positions = self.graph.positions(self.presence(inputs), given.shape[0], given.device, own)
-        return {n: replace(part, positions=positions[n]) for n, part in tokens.items()}
+        present = self.presence(inputs)
+        positions = self.graph.positions(present, batch, device, own)
+        return {n: replace(part, positions=positions[n], present=present.get(n)) for n, part in tokens.items()}
+
+    def contexts(self, inputs: Inputs) -> dict[str, KV]:
+        """The streams without an expert, as cross layers read them."""
+        present = self.presence(inputs)
+        out = {}
+        for name in self.graph.contexts:
+            if name in self.states:
+                assert inputs.state is not None, f"context {name} needs the state"
+                hidden = self.states[name](inputs.state)
+            else:
+                assert name in inputs.features, f"context {name} needs its features"
+                hidden = inputs.features[name][0]
+            out[name] = KV(present=present.get(name), hidden=hidden)
+        return out
 
     def see(self, inputs: Inputs, names: Sequence[str]) -> Inputs:
         """``inputs`` with the latents of the present frames, where one of the streams ``names`` needs them."""
-        seeing = next((n for n in names if n in self.foresight and self.foresight[n].needs_present), None)
-        if seeing is None or inputs.latents is not None:
+        modules = [self.foresight[n] for n in names if n in self.foresight and self.foresight[n].needs_present]
+        modules += [self.foresight[s.of] for n in names if (s := self.spec.streams[n]).tokens == "present" and s.of is not None]
+        if not modules or inputs.latents is not None:
             return inputs
-        assert inputs.images is not None, f"stream {seeing} needs images"
-        module = self.foresight[seeing]
+        assert inputs.images is not None, f"the streams {', '.join(names)} need images"
+        module = modules[0]
         views = [self.spec.cameras.index(camera) for camera in module.head.cameras]
         return replace(inputs, latents=module.encode(inputs.images[:, views]))
 
     def presence(self, inputs: Inputs) -> dict[str, Tensor | None]:
         """Stream -> which of its tokens are there; None where all are."""
-        return {n: inputs.present if s.tokens == "prompt" else None for n, s in self.spec.streams.items()}
+        out: dict[str, Tensor | None] = {n: inputs.present for n, s in self.spec.streams.items() if s.tokens == "prompt"}
+        out |= {n: present for n, (_, present) in inputs.features.items()}
+        for name, rows in inputs.dropped.items():
+            here, length = out.get(name), self.spec.streams[name].length
+            out[name] = ~rows[:, None].expand(-1, length) if here is None else here & ~rows[:, None]
+        return out
 
-    def observe(self, inputs: Inputs, cache: Cache | None = None) -> tuple[dict[str, KV], dict[str, Tensor]]:
+    def run(
+        self,
+        inputs: Inputs,
+        noisy: Mapping[str, Noisy],
+        cache: Cache | None = None,
+        outputs: Sequence[str] | None = None,
+        moved: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """One joint forward over all streams that are not in ``cache``, as in training: final hidden states of ``outputs``.
+
+        Streams that need final hidden states of others run after these (``Graph.stages``).
+
+        Args:
+            moved: stream -> what is added to its embeddings (the gradient probe moves tokens so).
+        """
+        moved = moved or {}
+        kept = {n: _moved_context(kv, moved.get(n)) for n, kv in self.contexts(inputs).items()} | dict(cache or {})
+        hidden: dict[str, Tensor] = {}
+        for number, stage in enumerate(self.graph.stages):
+            live = [n for n in stage if n not in (cache or {})]
+            if not live:
+                continue
+            later = [row for rest in self.graph.stages[number + 1 :] for row in rest]
+            keep = [n for n in live if self.graph.informs(n, later) or any((row, n) in self.graph.edges for row in later)]
+            tokens = self.embed(live, inputs, noisy, kept)
+            tokens = {n: replace(t, x=t.x + moved[n]) if n in moved else t for n, t in tokens.items()}
+            out, kv = self.mot(tokens, kept, keep, [n for n in live if outputs is None or n in outputs])
+            hidden |= out
+            kept |= kv
+        return hidden
+
+    def observe(self, inputs: Inputs, cache: Cache | None = None, mode: str | None = None) -> tuple[dict[str, KV], dict[str, Tensor]]:
         """Run every phase before the first denoise phase, once per observation.
 
         Args:
@@ -127,49 +199,74 @@ class Model(nn.Module):
         Returns:
             keys and values for the phases that follow; predicted latent patches per foresight stream.
         """
-        kept: dict[str, KV] = dict(cache or {})
+        kept: dict[str, KV] = self.contexts(inputs) | dict(cache or {})
         foresight: dict[str, Tensor] = {}
-        plan = self.graph.cached()
-        for name, phase in self.graph.phases.items():
-            live = [s for s in phase.streams if s not in kept]
-            if phase.kind == "denoise" or not live:
-                continue
-            wanted = [s for s in live if s in self.foresight]
-            inputs = self.see(inputs, live)
-            hidden, kv = self.mot(self.embed(live, inputs, cache=kept), kept, keep=[s for s in plan[name] if s in live], outputs=wanted)
-            foresight |= {s: self.foresight[s].predict(hidden[s], inputs.latents) for s in wanted}
+        for name, phase in self.graph.schedule(mode).items():
+            if phase.kind == "denoise":
+                break
+            kv, seen = self.fill(name, inputs, kept, mode)
             kept |= kv
+            foresight |= seen
         return kept, foresight
 
-    def velocity(self, inputs: Inputs, noisy: Float[Tensor, "B C A"], time: Float[Tensor, "B C"], cache: Cache) -> Float[Tensor, "B C A"]:
-        """The flow velocity of the action stream, reading ``cache``."""
-        name = self.action_stream
-        hidden, _ = self.mot(self.embed([name], inputs, noisy, time, cache), cache, outputs=[name])
-        return self.actions[name].velocity(hidden[name])
-
-    def joint(self, inputs: Inputs, noisy: Tensor, time: Tensor, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """One forward over all streams that are not in ``cache``: velocity and predicted patches, as in training."""
-        live = [n for n in self.graph.names if n not in (cache or {})]
-        heads = [n for n in live if n in self.spec.heads]
+    def fill(self, name: str, inputs: Inputs, cache: Cache, mode: str | None = None) -> tuple[dict[str, KV], dict[str, Tensor]]:
+        """Run one prefill or regress phase over ``cache``: what later phases read of it, and its predicted patches."""
+        live = [s for s in self.graph.schedule(mode)[name].streams if s not in cache]
+        if not live:
+            return {}, {}
+        wanted = [s for s in live if s in self.foresight]
         inputs = self.see(inputs, live)
-        hidden, _ = self.mot(self.embed(live, inputs, noisy, time, cache), cache or {}, outputs=heads)
-        foresight = {n: self.foresight[n].predict(hidden[n], inputs.latents) for n in heads if n in self.foresight}
-        return self.actions[self.action_stream].velocity(hidden[self.action_stream]), foresight
+        hidden, kv = self.mot(self.embed(live, inputs, cache=cache), cache, [s for s in self.graph.cached(mode)[name] if s in live], wanted)
+        return kv, {s: self.foresight[s].predict(hidden[s], inputs.latents) for s in wanted}
+
+    def velocity(self, streams: Sequence[str], inputs: Inputs, noisy: Mapping[str, Noisy], cache: Cache) -> dict[str, Tensor]:
+        """The velocities (B, T, X) of the flows among ``streams``, which run together and read ``cache``."""
+        flows = [n for n in streams if n in noisy]
+        hidden, _ = self.mot(self.embed(streams, inputs, noisy, cache), cache, outputs=flows)
+        return {n: self.codec(n).velocity(hidden[n]) for n in flows}
+
+    def joint(self, inputs: Inputs, noisy: Mapping[str, Noisy], cache: Cache | None = None) -> dict[str, Tensor]:
+        """One forward over all streams that are not in ``cache``: what each head predicts, velocities or patches."""
+        heads = [n for n in self.spec.heads if n not in (cache or {})]
+        inputs = self.see(inputs, list(self.graph.owner))
+        hidden = self.run(inputs, noisy, cache, heads)
+        regressed = {n: self.foresight[n].predict(hidden[n], inputs.latents) for n in heads if n not in noisy}
+        return regressed | {n: self.codec(n).velocity(hidden[n]) for n in heads if n in noisy}
 
     def losses(
-        self, inputs: Inputs, targets: Targets, noise: Float[Tensor, "B C A"], time: Float[Tensor, "B C"], cache: Cache | None = None
+        self, inputs: Inputs, targets: Targets, noise: Mapping[str, Tensor], time: Mapping[str, Tensor], cache: Cache | None = None
     ) -> dict[str, Tensor]:
-        """Weighted sum ``loss`` and its terms, one per head."""
-        velocity, foresight = self.joint(inputs, interpolate(noise, targets.actions, time), time, cache)
+        """Weighted sum ``loss`` and its terms, one per head.
+
+        Args:
+            noise: flow -> standard normal like its data; time: flow -> (B, T). Chunk steps at t = 1 are given and not scored.
+        """
+        data = {n: self.data(n, targets) for n in self.spec.heads}
+        noisy = {n: Noisy(interpolate(noise[n], data[n], time[n]), time[n]) for n in self.spec.flows}
+        predicted = self.joint(replace(inputs, clean={n: data[n] for n in noisy} | dict(inputs.clean)), noisy, cache)
         terms = {}
         for name, head in self.spec.heads.items():
-            if isinstance(head, FlowHead):
-                terms[name] = self.actions[name].loss(velocity, targets.actions - noise, targets.mask, head.loss)
+            if name in noisy:
+                counted = time[name] < 1
+                counted = counted & targets.mask if isinstance(head, FlowHead) else counted
+                kind = head.loss if isinstance(head, FlowHead) else "l2"
+                terms[name] = flow_loss(predicted[name], data[name] - noise[name], counted, time[name], head, kind)
             else:
-                future = targets.future if targets.future.ndim == 3 else self.foresight[name].encode(targets.future)
-                terms[name] = self.foresight[name].loss(foresight[name], future)
-        total = sum((self.spec.heads[n].weight * term for n, term in terms.items()), torch.zeros((), device=velocity.device))
+                terms[name] = F.mse_loss(predicted[name], data[name])
+        total = sum((self.spec.heads[n].weight * term for n, term in terms.items()), torch.zeros((), device=targets.actions.device))
         return {"loss": total} | terms
+
+    def data(self, head: str, targets: Targets) -> Tensor:
+        """What a head's predictions end in: the chunk (B, C, A), or the patches (B, T, P) of the future frames."""
+        if head in self.actions:
+            return targets.actions
+        return targets.future if targets.future.ndim == 3 else self.foresight[head].encode(targets.future)
+
+    def codec(self, flow: str) -> FlowCodec:
+        """How a flow enters and leaves the backbone."""
+        module = self.actions[flow] if flow in self.actions else self.foresight[flow].codec
+        assert module is not None, f"stream {flow} is not a flow"
+        return module
 
     # what the spec says ---------------------------------------------------------------------------------------------
 
@@ -178,14 +275,15 @@ class Model(nn.Module):
         """The stream with the flow head."""
         return next(iter(self.actions))
 
-    @property
-    def denoise_steps(self) -> int:
-        """Euler steps of the denoise phase."""
-        return next(p.steps or 10 for p in self.graph.phases.values() if p.kind == "denoise")
+    def noise(self, batch: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Standard normal noise (B, T, X) for every flow."""
+        return {
+            n: torch.randn(batch, self.spec.streams[n].length, self.codec(n).out.out_features, generator=generator) for n in self.spec.flows
+        }
 
     def vlm(self, stream: str) -> PretrainedVLM:
         """The expert of a prompt stream."""
-        expert = self.mot.experts[self.spec.streams[stream].expert]
+        expert = self.mot.experts[self.graph.owner[stream]]
         assert isinstance(expert, PretrainedVLM), f"stream {stream} holds no prompt"
         return expert
 
@@ -202,35 +300,54 @@ class Model(nn.Module):
         return self
 
     def _timed(self, stream: str) -> bool:
-        expert = self.spec.experts[self.spec.streams[stream].expert]
-        return isinstance(expert, DecoderExpert) and expert.time == "adaptive_norm"
+        expert = self.spec.experts[self.graph.owner[stream]]
+        return isinstance(expert, DecoderExpert) and expert.time != "none"
 
-    def _mixed_time(self, stream: str) -> str | None:
-        """Where the flow time joins the actions rather than the expert's norms: what its embedding is a function of."""
-        expert = self.spec.experts[self.spec.streams[stream].expert]
-        return None if self._timed(stream) else expert.time_of if isinstance(expert, DecoderExpert) else "t"
+    def _time(self, stream: str) -> tuple[str | None, TimeFeatures]:
+        """Where the flow time joins a flow's tokens rather than the expert's norms: what its embedding is a function of, and which."""
+        expert = self.spec.experts.get(self.spec.streams[stream].expert or "")
+        if not isinstance(expert, DecoderExpert):
+            return "t", TimeFeatures()
+        return None if expert.time != "none" else expert.time_of, expert.time_features
 
-    def _embed(self, name: str, kind: str, inputs: Inputs, noisy: Tensor | None, time: Tensor | None, batch: int) -> Tokens:
-        empty = torch.empty(0)  # positions are filled in by embed
-        match kind:
-            case "prompt":
-                assert inputs.images is not None and inputs.ids is not None, f"stream {name} needs images and prompt ids"
-                prompt = self.vlm(name).embed(inputs.images, inputs.ids, inputs.present)
-                scale = prompt.x.shape[-1] ** 0.5 if self.spec.streams[name].scale == "sqrt_width" else 1.0
-                return Tokens(prompt.x * scale, empty, inputs.present, inject=prompt.inject, own=prompt.own)
+    def _embed(self, name: str, inputs: Inputs, noisy: Mapping[str, Noisy], cache: Cache, batch: int) -> Tokens:
+        """Tokens without positions, which ``embed`` fills in."""
+        stream, empty = self.spec.streams[name], torch.empty(0)
+        if stream.tokens == "prompt":
+            assert inputs.images is not None and inputs.ids is not None, f"stream {name} needs images and prompt ids"
+            prompt = self.vlm(name).embed(inputs.images, inputs.ids, inputs.present)
+            scale = prompt.x.shape[-1] ** 0.5 if stream.scale == "sqrt_width" else 1.0
+            return Tokens(prompt.x * scale, empty, inject=prompt.inject, own=prompt.own)
+        if stream.tokens in ("actions", "frames"):
+            assert name in noisy, f"flow {name} needs what is noisy of it, and its time"
+            x, time = self.codec(name).encode(noisy[name].x, noisy[name].time), noisy[name].time
+        else:
+            x = self._clean(name, stream, inputs, cache, batch)
+            time = torch.ones(x.shape[:2], device=x.device)
+            if stream.time_of is not None:
+                time = noisy[stream.time_of].time[:, :1].expand(x.shape[:2])
+        if stream.table:
+            x = x + table(stream.length, x.shape[-1]).to(x.device, x.dtype)
+        return Tokens(x, empty, time=time if self._timed(name) else None)
+
+    def _clean(self, name: str, stream: Stream, inputs: Inputs, cache: Cache, batch: int) -> Tensor:
+        """Embeddings (B, T, D) of a stream that is neither a prompt nor a flow."""
+        match stream.tokens:
             case "state":
                 assert inputs.state is not None, f"stream {name} needs the state"
-                return Tokens(self.states[name](inputs.state), empty, time=self._clean(name, batch, inputs.state))
-            case "actions":
-                assert noisy is not None and time is not None, f"stream {name} needs a noisy chunk and its time"
-                return Tokens(self.actions[name].encode(noisy, time), empty, time=time if self._timed(name) else None)
+                return self.states[name](inputs.state)
+            case "queries" if name in self.registers:
+                return self.registers[name][None].expand(batch, -1, -1)
+            case "hidden":
+                hidden = cache[stream.of or ""].hidden
+                assert hidden is not None, f"stream {name} needs the hidden states of {stream.of}"
+                return self.adapters[name](hidden)
+            case "present" | "clean":
+                data = inputs.latents if stream.tokens == "present" else inputs.clean.get(stream.of or "")
+                assert data is not None, f"stream {name} needs the data of {stream.of}"
+                return self.codec(stream.of or "").encode(data, torch.ones(data.shape[:2], device=data.device))
             case _:
-                tokens = self.foresight[name].tokens(batch, inputs.latents)
-                return Tokens(tokens, empty, time=self._clean(name, batch, tokens))
-
-    def _clean(self, name: str, batch: int, like: Tensor) -> Tensor | None:
-        """Flow time 1 for the tokens of clean streams, where their expert is conditioned on time."""
-        return torch.ones(batch, self.spec.streams[name].length, device=like.device) if self._timed(name) else None
+                return self.foresight[name].tokens(batch, inputs.latents)
 
 
 def build(spec: Spec, seed: int = 0) -> Model:
@@ -246,16 +363,51 @@ def sketch(spec: Spec) -> Model:
         return Model(spec)
 
 
-def _expert(config: PretrainedExpert | DecoderExpert, spec: Spec) -> Expert:
-    if isinstance(config, PretrainedExpert):
-        return PretrainedVLM(config, spec.space.rope_theta)
-    return Decoder(config, spec.space)
-
-
-def _check_space(spec: Spec, experts: dict[str, Expert]) -> None:
+def _experts(spec: Spec, graph: Graph) -> dict[str, Expert]:
+    experts: dict[str, Expert] = {}
+    for name, config in spec.experts.items():  # those of pretrained weights first: others read their hidden states
+        if isinstance(config, PretrainedExpert):
+            experts[name] = PretrainedVLM(config, spec.space.rope_theta)
+    for name, config in spec.experts.items():
+        if isinstance(config, DecoderExpert):
+            experts[name] = Decoder(config, config.space or spec.space, _source(name, spec, graph, experts))
+    keyed = [{graph.owner[row], graph.owner[col]} for (row, col), edge in graph.edges.items() if edge.via == "keys"]
+    met = {name for pair in keyed if len(pair) > 1 for name in pair}
     for name, expert in experts.items():
-        if isinstance(expert, PretrainedVLM) and expert.space != spec.space:
+        if name in met and expert.space != spec.space:
             raise UserError(
                 f"{spec.name}: the weights of expert '{name}' live in the attention space {expert.space!r}; "
                 f"set the spec's space to it (it is {spec.space!r})"
             )
+    return {name: experts[name] for name in spec.experts}
+
+
+def _source(name: str, spec: Spec, graph: Graph, experts: Mapping[str, Expert]) -> int | None:
+    """Channels of the hidden states that an expert reads.
+
+    Raises:
+        UserError: they differ.
+    """
+    read = {col for (row, col), edge in graph.edges.items() if edge.via == "hidden" and graph.owner[row] == name}
+    widths = {}
+    for col in sorted(read):
+        config = spec.experts.get(spec.streams[col].expert or "")
+        width = spec.streams[col].width or (config.width if isinstance(config, DecoderExpert) else experts[graph.owner[col]].width)
+        widths[col] = width
+    if len(set(widths.values())) > 1:
+        raise UserError(
+            f"{spec.name}: expert '{name}' reads hidden states of different widths ({', '.join(f'{c} {w}' for c, w in widths.items())})"
+        )
+    return next(iter(widths.values()), None)
+
+
+def _batch(inputs: Inputs, noisy: Mapping[str, Noisy], cache: Cache) -> tuple[int, torch.device]:
+    """Rows and device of whatever is there."""
+    held = [kv.keys[0] if kv.keys else kv.hidden for kv in cache.values()]
+    given = [*(n.x for n in noisy.values()), inputs.state, inputs.ids, inputs.latents, *held]
+    first = next(t for t in given if t is not None)
+    return first.shape[0], first.device
+
+
+def _moved_context(kv: KV, by: Tensor | None) -> KV:
+    return kv if by is None or kv.hidden is None else replace(kv, hidden=kv.hidden + by)

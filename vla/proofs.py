@@ -15,12 +15,16 @@ from ..config import find
 from ..errors import UserError
 from .flow import draw_times
 from .graph import Graph
-from .model import Inputs, Model, Targets, build
-from .mot import Tokens
-from .spec import FlowHead, LatentHead, load_spec
+from .model import Inputs, Model, Noisy, Targets, build
+from .spec import Flow, LatentHead, Stream, load_spec
 
 TOLERANCE = 1e-5
 """Largest absolute difference allowed between two ways to compute the same thing in fp32."""
+
+LEARNED = 0.3
+"""Share of its loss that a model may keep on one batch, whatever the seed of its weights."""
+
+SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -29,25 +33,37 @@ class Probe:
 
     inputs: Inputs
     targets: Targets
-    noise: Tensor
-    time: Tensor
+    noise: dict[str, Tensor]
+    time: dict[str, Tensor]
+
+    @property
+    def noisy(self) -> dict[str, Noisy]:
+        """The noise as what is noisy of each flow."""
+        return {n: Noisy(x, self.time[n]) for n, x in self.noise.items()}
 
 
 def probe(model: Model, batch: int = 2, seed: int = 0) -> Probe:
     """A random batch that fits ``model``; a function of ``seed``."""
     rng = torch.Generator().manual_seed(seed)
-    spec = model.spec
-    actions = spec.streams[model.action_stream]
-    head = spec.heads[model.action_stream]
-    assert isinstance(head, FlowHead)
+    spec, streams = model.spec, model.spec.streams
     size = _image_size(model)
     ids, present = _prompt(model, batch, size, rng)
     images = torch.randint(0, 256, (batch, len(spec.cameras), 3, size, size), generator=rng, dtype=torch.uint8)
-    shape = (batch, actions.length, head.action_dim)
-    inputs = Inputs(images, ids, present, torch.randn(batch, spec.state_dim, generator=rng))
-    targets = Targets(torch.randn(shape, generator=rng), torch.ones(shape[:2], dtype=torch.bool), images)
-    time = draw_times((batch, 1), "uniform", rng).expand(shape[:2])
-    return Probe(inputs, targets, torch.randn(shape, generator=rng), time)
+    actions = streams[model.action_stream].length, model.codec(model.action_stream).out.out_features
+    state = torch.randn(batch, spec.state_dim, generator=rng)
+    targets = Targets(torch.randn(batch, *actions, generator=rng), torch.ones(batch, actions[0], dtype=torch.bool), images)
+    time = {n: draw_times((batch, 1), Flow(time_distribution="uniform"), rng).expand(batch, streams[n].length) for n in spec.flows}
+    noise = {n: torch.randn(batch, streams[n].length, model.codec(n).out.out_features, generator=rng) for n in spec.flows}
+    latents = None
+    for name, module in model.foresight.items():
+        if module.autoencoder is None:  # latents come with the data
+            patches = model.codec(name).out.out_features if module.codec is not None else module.out.out_features
+            targets = replace(targets, future=torch.randn(batch, streams[name].length, patches, generator=rng))
+            seen = next((s.length for s in streams.values() if s.tokens == "present" and s.of == name), streams[name].length)
+            latents = torch.randn(batch, seen, patches, generator=rng)
+    features = {n: _features(streams[n], batch, rng) for n in model.graph.contexts if streams[n].tokens == "features"}
+    clean = {s.of: targets.actions if s.of in model.actions else noise[s.of] for s in streams.values() if s.tokens == "clean" and s.of}
+    return Probe(Inputs(images, ids, present, state, latents, features, clean), targets, noise, time)
 
 
 def gradient_probe(model: Model, tokens_per_stream: int = 3) -> list[str]:
@@ -58,13 +74,15 @@ def gradient_probe(model: Model, tokens_per_stream: int = 3) -> list[str]:
     model = model.eval()
     data = probe(model, batch=1)
     inputs = replace(data.inputs, present=None)
-    tokens = model.embed(model.graph.names, inputs, data.targets.actions, data.time)
-    leaves = {n: t.x.detach().clone().requires_grad_() for n, t in tokens.items()}
-    hidden = _joint(model, tokens, leaves)
+    features = {n: (x, None) for n, (x, _) in inputs.features.items()}
+    inputs = replace(inputs, features=features)
+    widths = {n: s.width or model.mot.experts[model.graph.owner[n]].width for n, s in model.spec.streams.items()}
+    leaves = {n: torch.zeros(1, model.spec.streams[n].length, width, requires_grad=True) for n, width in widths.items()}
+    hidden = model.run(inputs, data.noisy, moved=leaves)
     by_gradient, by_value = (model.graph.reaches(model.mot.steps, gradient) for gradient in (True, False))
     starts = _starts(model.graph)
     wrong: list[str] = []
-    for row in model.graph.names:
+    for row in model.graph.owner:
         length = model.spec.streams[row].length
         for i in sorted({0, length // 2, length - 1, *range(min(tokens_per_stream, length))}):
             weights = torch.randn(hidden[row].shape[-1], generator=torch.Generator().manual_seed(i))
@@ -74,8 +92,8 @@ def gradient_probe(model: Model, tokens_per_stream: int = 3) -> list[str]:
             wrong += _differences(model.graph, row, i, seen, by_gradient[starts[row] + i], "gradient")
     for col in sorted({c for (_, c), e in model.graph.edges.items() if e.detach}):
         with torch.no_grad():
-            moved = _joint(model, tokens, leaves | {col: leaves[col] + 1.0})
-        for row in model.graph.names:
+            moved = model.run(inputs, data.noisy, moved=leaves | {col: leaves[col] + 1.0})
+        for row in model.graph.owner:
             changed = (moved[row] - hidden[row]).abs().amax(-1)[0] > 0
             reach = by_value[starts[row] : starts[row] + len(changed), starts[col] : starts[col] + leaves[col].shape[1]].any(1)
             if not torch.equal(changed, reach):
@@ -85,14 +103,27 @@ def gradient_probe(model: Model, tokens_per_stream: int = 3) -> list[str]:
 
 @torch.no_grad()
 def cache_equivalence(model: Model) -> float:
-    """Largest difference between phase-by-phase execution and the joint forward, over velocity and foresight."""
+    """Largest difference between phase-by-phase execution and the joint forward, over what every head predicts, in every mode.
+
+    Streams that a schedule leaves out are there in the joint forward: nobody may read them.
+    """
     model = model.eval()
     data = probe(model)
-    velocity, foresight = model.joint(data.inputs, data.noise, data.time)
-    cache, cached_foresight = model.observe(data.inputs)
-    cached = model.velocity(data.inputs, data.noise, data.time, cache)
-    pairs = [(velocity, cached)] + [(foresight[n], cached_foresight[n]) for n in foresight]
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    joint = model.joint(data.inputs, data.noisy)
+    worst = 0.0
+    for mode in (None, *model.spec.modes):
+        phases = model.graph.schedule(mode)
+        cached: dict[str, Tensor] = {}
+        kept = dict(model.contexts(data.inputs))
+        for name, phase in phases.items():
+            if phase.kind == "denoise":
+                cached |= model.velocity(phase.streams, data.inputs, data.noisy, kept)
+            else:
+                kv, foresight = model.fill(name, data.inputs, kept, mode)
+                kept |= kv
+                cached |= foresight
+        worst = max(worst, *(float((joint[n] - cached[n]).abs().max()) for n in cached))
+    return worst
 
 
 @torch.no_grad()
@@ -136,21 +167,23 @@ def frozen(model: Model, steps: int = 3) -> list[str]:
     return wrong + [f"{name} has optimizer state" for name, p in held.items() if p in optimizer.state]
 
 
-def overfit(model: Model, steps: int = 60) -> float:
-    """Loss on one batch after ``steps`` optimizer steps over the loss before: a model that learns is well under 0.5."""
+def overfit(model: Model, steps: int = 200) -> float:
+    """Mean loss of the last 10 of ``steps`` optimizer steps on one batch over that of the first 10: a model that learns is under 0.3."""
     model = model.train()
     optimizer = torch.optim.AdamW(list(model.trained().values()), lr=3e-3, weight_decay=0.0)
     data = probe(model)
+    inputs, targets = model.see(data.inputs, model.graph.names), data.targets
     with torch.no_grad():
-        cache = {n: kv for n, kv in model.observe(data.inputs)[0].items() if _constant(model, n)}
+        cache = {n: kv for n, kv in model.observe(inputs)[0].items() if _constant(model, n)}
+        targets = replace(targets, future=next((model.data(n, targets) for n in model.foresight), targets.future))
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = model.losses(data.inputs, data.targets, data.noise, data.time, cache)["loss"]
+        loss = model.losses(inputs, targets, data.noise, data.time, cache)["loss"]
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    return losses[-1] / losses[0]
+    return sum(losses[-10:]) / sum(losses[:10])
 
 
 def check(names: list[str]) -> dict[str, list[dict[str, object]]]:
@@ -164,8 +197,10 @@ def _row(name: str) -> dict[str, object]:
         raise UserError(f"{spec.name} must have the edges of {whole.name}, which is proved through it; change sizes only")
     wrong_gradients = gradient_probe(build(spec))
     difference, parity = cache_equivalence(build(spec)), expert_parity(build(spec))
-    wrong_frozen, ratio = frozen(build(spec)), overfit(build(spec))
-    passed = not wrong_gradients and difference < TOLERANCE and (parity is None or parity < TOLERANCE) and not wrong_frozen and ratio < 0.5
+    wrong_frozen, ratio = frozen(build(spec)), max(overfit(build(spec, seed)) for seed in SEEDS)
+    passed = (
+        not wrong_gradients and difference < TOLERANCE and (parity is None or parity < TOLERANCE) and not wrong_frozen and ratio < LEARNED
+    )
     return {
         "spec": whole.name,
         "graph_hash": Graph(whole).hash(),
@@ -188,23 +223,24 @@ def _proved(name: str) -> str:
 def _alone(model: Model, name: str) -> Model:
     """The expert of a prompt stream and nothing else, as its family has it, with the weights of ``model``."""
     spec, vlm = model.spec, model.vlm(name)
-    stream = spec.streams[name]
+    stream, owner = spec.streams[name], model.graph.owner[name]
     theta = vlm.model.config.get_text_config().rope_parameters["rope_theta"]
     changes: dict[str, object] = {
         "space": vlm.space.model_copy(update={"rope_theta": theta}),
-        "experts": {stream.expert: spec.experts[stream.expert].model_copy(update={"rotary": "own"})},
+        "experts": {owner: spec.experts[owner].model_copy(update={"rotary": "own"})},
         "streams": {name: stream.model_copy(update={"scale": "one"})},
         "edges": {name: {name: "full" if vlm.family.bidirectional else "causal"}},
-        **{"heads": {}, "couple": {}, "schedule": None},
+        **{"heads": {}, "couple": {}, "schedule": None, "modes": {}, "sequence": ()},
     }
     alone = build(spec.model_copy(update=changes)).eval()
-    alone.load_state_dict({key: value for key, value in model.state_dict().items() if key.startswith(f"mot.experts.{stream.expert}.")})
+    alone.load_state_dict({key: value for key, value in model.state_dict().items() if key.startswith(f"mot.experts.{owner}.")})
     return alone
 
 
 def _constant(model: Model, stream: str) -> bool:
     """Whether a stream is the work of frozen experts alone."""
-    return model.spec.experts[model.spec.streams[stream].expert].frozen
+    owner = model.graph.owner.get(stream)
+    return owner is not None and model.spec.experts[owner].frozen
 
 
 def _image_size(model: Model) -> int:
@@ -214,10 +250,12 @@ def _image_size(model: Model) -> int:
     return next((size for size in (*heads, *towers) if size is not None), 64)
 
 
-def _prompt(model: Model, batch: int, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def _prompt(model: Model, batch: int, size: int, rng: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
     """Random prompt ids with the image tokens of all views in front, a word after each, and their presence (the second row is shorter)."""
-    name, stream = next((n, s) for n, s in model.spec.streams.items() if s.tokens == "prompt")
-    vlm = model.vlm(name)
+    name = next((n for n, s in model.spec.streams.items() if s.tokens == "prompt"), None)
+    if name is None:
+        return None, None
+    stream, vlm = model.spec.streams[name], model.vlm(name)
     rows, columns = vlm.grid((size, size))
     views = (rows * columns + 1) * len(model.spec.cameras)
     ids = torch.randint(0, vlm.model.config.get_text_config().vocab_size, (batch, stream.length), generator=rng)
@@ -229,9 +267,12 @@ def _prompt(model: Model, batch: int, size: int, rng: torch.Generator) -> tuple[
     return torch.where(is_image, vlm.image_token, ids), present
 
 
-def _joint(model: Model, tokens: dict[str, Tokens], x: dict[str, Tensor]) -> dict[str, Tensor]:
-    live = {n: replace(t, x=x[n]) for n, t in tokens.items()}
-    return model.mot(live, {}, outputs=model.graph.names)[0]
+def _features(stream: Stream, batch: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random features of a context; the second row has fewer."""
+    assert stream.width is not None
+    present = torch.ones(batch, stream.length, dtype=torch.bool)
+    present[1:, -(stream.length // 2) :] = False
+    return torch.randn(batch, stream.length, stream.width, generator=rng), present
 
 
 def _starts(graph: Graph) -> dict[str, int]:

@@ -72,7 +72,7 @@ def show(name: str, png: Path | None = None, overrides: list[str] | None = None)
 
     streams = Table("stream", "expert", "tokens", "length", "positions", "head", title="streams")
     for n, s in spec.streams.items():
-        expert = s.expert + (" (frozen)" if spec.experts[s.expert].frozen else "")
+        expert = "context" if s.expert is None else s.expert + (" (frozen)" if spec.experts[s.expert].frozen else "")
         head = spec.heads[n].kind if n in spec.heads else ""
         streams.add_row(n, expert, s.tokens, str(s.length), s.positions, head)
     matrix = Table("row reads", *graph.names, title="attention graph (* = gradient stops)")
@@ -156,7 +156,7 @@ def _phases(axes: Any, graph: Graph) -> None:
     for i, (name, phase) in enumerate(graph.phases.items()):
         often = f"{phase.steps or 10} steps" if phase.kind == "denoise" else "once"
         box = {"boxstyle": "round,pad=0.5", "facecolor": "#eef3f8", "edgecolor": "#4477aa", "linewidth": 1.0}
-        experts = ", ".join(dict.fromkeys(graph.spec.streams[s].expert for s in phase.streams))
+        experts = ", ".join(dict.fromkeys(graph.owner[s] for s in phase.streams))
         text = f"{name}: {phase.kind} {', '.join(phase.streams)}  ({often}, expert {experts})"
         axes.text(0.2, i + 0.3, text, fontsize=9, va="center", bbox=box)
         if kept[name]:

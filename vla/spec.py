@@ -6,6 +6,7 @@ derived from the edges in ``graph.py``.
 """
 
 from collections.abc import Mapping
+from math import pi, prod
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,11 +42,13 @@ class PretrainedExpert(Strict):
     ``weights`` is ``embedded:v1``, ``path:<dir>``, ``hf:<id>@<revision>``, or ``random:<one of these>`` for the same
     architecture with fresh weights: a control, or with ``random:config:<name>`` a published architecture to load weights into.
     ``layers``: how many of its first layers are kept. ``rotary``: whether its keys turn as they were trained or by the space's base.
+    ``allow_perturb``: a frozen expert reads no other, unless this says that its answers may change with what it reads (F1).
     """
 
     kind: Literal["pretrained"] = "pretrained"
     weights: str
     frozen: bool = True
+    allow_perturb: bool = False
     layers: PositiveInt | None = None
     rotary: Literal["own", "space"] = "own"
 
@@ -67,31 +70,70 @@ class PretrainedExpert(Strict):
 
 
 class CrossLayers(Strict):
-    """Layers ``first``, ``first + every``, ... of an expert have no keys of their own: their tokens read only the streams of other
-    experts, whose rotated keys and values they project anew, with positions that count from their stream's start (SmolVLA)."""
+    """Layers ``first``, ``first + every``, ... of an expert read the streams of others in a way of their own.
+
+    ``reads``: ``keys``, the rotated keys and values of the others in the same step, projected anew, with positions that count from
+    their stream's start (SmolVLA), or ``hidden``, the final hidden states along edges ``via: hidden`` (GR00T, text of Wan).
+    ``place``: ``instead`` of self-attention, or ``after`` it with a norm and an output of its own. ``adapter``: what hidden states
+    pass first, once for all layers.
+    """
 
     first: NonNegativeInt = 1
     every: PositiveInt = 2
+    reads: Literal["keys", "hidden"] = "keys"
+    place: Literal["instead", "after"] = "instead"
+    adapter: Literal["none", "mlp"] = "none"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CrossLayers":
+        if self.reads == "keys" and (self.place == "after" or self.adapter != "none"):
+            raise ValueError("place: after and adapter are for layers that read hidden states; set reads: hidden")
+        return self
+
+
+class TimeFeatures(Strict):
+    """Sine and cosine of ``scale * t * base ** -x`` for ``width`` / 2 values of x from 0 to 1, or up to 1 without the ``endpoint``.
+
+    The default has periods from 0.004 to 4 (openpi); scale 1000, base 10000 and no endpoint are those of DDPM and Wan.
+    """
+
+    width: PositiveInt | None = None
+    scale: PositiveFloat = 2 * pi / 4e-3
+    base: PositiveFloat = 1000.0
+    endpoint: bool = True
 
 
 class DecoderExpert(Strict):
-    """Our own pre-norm decoder with a gated FFN, trained from scratch.
+    """Our own pre-norm transformer, trained from scratch or loaded with converted weights.
 
-    ``activation``: of the FFN's gate (SwiGLU, or Gemma's GeGLU). ``time``: how the flow time enters its layers. ``time_of``: what
-    its time embedding is a function of; weights trained with noise at t = 1 say ``1-t``.
+    ``space``: its own attention space, where it meets no other expert in keys. ``norm``: RMS with a weight, layer norm with weight
+    and bias, or without. ``qk_norm``: of each head, of the ``whole`` projection, or none. ``activation``: of the FFN, ``gated``
+    (SwiGLU, Gemma's GeGLU) or not. ``axes``: rotary channels per axis of its positions, by default all of one; an empty list turns
+    nothing.
+    ``time``: how the flow time enters its layers: scale, shift and gate of each norm (``adaptive_norm``), scale and shift of the
+    attention's alone (``attention_norm``, GR00T), or of a table in each layer plus one projection for all (``adaln``, Wan).
+    ``time_of``: what its time embedding is a function of; weights trained with noise at t = 1 say ``1-t``.
     """
 
     kind: Literal["decoder"] = "decoder"
     width: PositiveInt
     depth: PositiveInt
     ffn: PositiveInt
-    qk_norm: bool = True
+    space: Space | None = None
+    norm: Literal["rms", "layer", "layer_plain"] = "rms"
     norm_eps: PositiveFloat = 1e-6
+    final_norm: bool = True
+    qk_norm: bool | Literal["whole"] = True
+    bias: bool = False
     activation: Literal["silu", "gelu_tanh"] = "silu"
+    gated: bool = True
+    axes: tuple[PositiveInt, ...] | None = None
     cross: CrossLayers | None = None
-    time: Literal["none", "adaptive_norm"] = "none"
+    time: Literal["none", "adaptive_norm", "attention_norm", "adaln"] = "none"
     time_of: Literal["t", "1-t"] = "t"
+    time_features: TimeFeatures = TimeFeatures()
     frozen: bool = False
+    allow_perturb: bool = False
 
     def crosses(self, layer: int) -> bool:
         """Whether a layer is one of ``cross``."""
@@ -117,53 +159,114 @@ class Coupling(Strict):
 class Stream(Strict):
     """An ordered group of tokens.
 
-    ``tokens``: ``prompt`` (images and text through the VLM's own embedding), ``state`` (one token of proprioception),
-    ``actions`` (one token per chunk step), ``queries`` (learned), ``latents`` (learned, and the present frames in the latents of
-    the foresight head's autoencoder). ``length`` is the token count; the prompt's is its padded length. ``encoder``: how states
-    and actions become tokens. ``scale``: what a prompt's embeddings are multiplied by. ``block`` is the block size of
-    ``block_causal`` and ``own_block`` relations. ``positions``: ``continue`` counts on after all earlier streams (absent tokens
-    are skipped), ``restart`` begins at 0.
+    ``expert``: who processes it; none for a context of ``width`` channels, which others read through edges ``via: hidden``.
+    ``tokens``: ``prompt`` (images and text through the VLM's own embedding), ``features`` (a context as it is given), ``state`` (one
+    token of proprioception), ``actions`` (one noisy token per chunk step), ``queries`` (learned; registers where no head reads
+    them), ``latents`` (learned, and the present frames in the latents of the foresight head), ``frames`` (noisy latents of the frames
+    to come). Three are made ``of`` another stream: ``present``, the present frames encoded as that stream's frames are; ``clean``, that
+    stream's data without noise (the target in training, its result in inference); ``hidden``, its final hidden states.
+    ``length`` is the token count; the prompt's is its padded length. ``encoder``: how states, actions and hidden states become
+    tokens; ``table`` adds sines of their place to them. ``scale``: what a prompt's embeddings are multiplied by. ``block`` is the
+    block size of ``block_causal`` and ``own_block`` relations. ``time_of``: the flow stream whose time its tokens carry; without, they
+    are clean (t = 1).
+    ``positions``: ``continue`` counts on after all earlier streams (absent tokens are skipped), ``restart`` begins at ``start``.
+    ``ids``: one per ``token``, or ``one`` for all of a piece (BAGEL's images). ``advances``: whether later streams count on from
+    it (a noisy copy does not). ``grid``: frames, rows and columns, for positions of three axes.
     """
 
-    expert: str
-    tokens: Literal["prompt", "state", "actions", "queries", "latents"]
+    expert: str | None = None
+    tokens: Literal["prompt", "features", "state", "actions", "queries", "latents", "frames", "present", "clean", "hidden"]
     length: PositiveInt
-    encoder: Literal["mlp", "linear"] = "mlp"
+    of: str | None = None
+    width: PositiveInt | None = None
+    encoder: Literal["mlp", "mlp3", "linear"] = "mlp"
+    table: bool = False
     scale: Literal["one", "sqrt_width"] = "one"
+    time_of: str | None = None
     block: PositiveInt | None = None
     positions: Literal["continue", "restart"] = "continue"
+    start: NonNegativeInt = 0
+    ids: Literal["token", "one"] = "token"
+    advances: bool = True
+    grid: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Stream":
+        if (self.expert is None) != (self.width is not None):
+            raise ValueError("width is given for a context, and only there: a stream without an expert")
+        if self.expert is None and self.tokens not in ("features", "state"):
+            raise ValueError(f"a context holds features or state, not {self.tokens}; name the expert that processes it")
+        if self.expert is not None and self.tokens == "features":
+            raise ValueError("features are a context: set expert to null and width to theirs")
+        if (self.tokens in ("present", "clean", "hidden")) != (self.of is not None):
+            raise ValueError("of names the stream that tokens of kind present, clean or hidden are made of, and only theirs")
+        if self.grid is not None and prod(self.grid) != self.length:
+            raise ValueError(f"grid {self.grid} holds {prod(self.grid)} tokens, length says {self.length}")
+        if self.start and self.positions != "restart":
+            raise ValueError("start is where positions begin that restart; set positions: restart")
+        return self
+
+
+class Piece(Strict):
+    """A run of tokens of one stream in an interleaved sequence."""
+
+    stream: str
+    length: PositiveInt
 
 
 class Edge(Strict):
-    """``row: {col: relation}``. ``detach`` stops the gradient from the row into the column's keys and values."""
+    """``row: {col: relation}``. ``detach`` stops the gradient from the row into the column's keys and values.
+
+    ``via: hidden`` reads the column's final hidden states in the row's cross layers, not its keys layer by layer.
+    """
 
     relation: Relation = "full"
     detach: bool = False
+    via: Literal["keys", "hidden"] = "keys"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Edge":
+        if self.via == "hidden" and self.relation != "full":
+            raise ValueError(f"an edge via hidden states is full, not {self.relation}")
+        return self
 
 
-class FlowHead(Strict):
-    """Flow matching on the action chunk (t=0 noise, t=1 data; velocity data - noise).
+class Flow(Strict):
+    """How a flow is trained and integrated (t=0 noise, t=1 data; velocity data - noise).
 
-    ``time_distribution``: ``beta`` draws 1 - t from 0.999 Beta(1.5, 1) + 0.001, mass near noise (openpi pi0.py);
-    ``uniform`` from U(0, 1).
+    ``time_distribution``: ``beta`` draws 1 - t from 0.999 Beta(1.5, 1) + 0.001, mass near noise (openpi pi0.py); ``uniform`` from
+    U(0, 1); ``logit_normal`` is the sigmoid of a normal number. ``shift`` s bends 1 - t to s (1 - t) / (1 + (s - 1)(1 - t)), in
+    training and in the grid of inference. ``time_weight``: ``bell`` weighs the middle of the flow most (FastWAM).
     """
+
+    time_distribution: Literal["beta", "uniform", "logit_normal"] = "beta"
+    shift: PositiveFloat = 1.0
+    time_weight: Literal["one", "bell"] = "one"
+
+
+class FlowHead(Flow):
+    """Flow matching on the action chunk. ``prefix``: up to how many steps of it may be given clean (training-time real-time
+    chunking, arXiv 2512.05964: training draws how many, and they carry t = 1)."""
 
     kind: Literal["flow"] = "flow"
     action_dim: PositiveInt
     loss: Literal["l2", "l1"] = "l2"
-    time_distribution: Literal["beta", "uniform"] = "beta"
+    prefix: NonNegativeInt = 0
     weight: float = 1.0
 
 
-class LatentHead(Strict):
-    """Foresight by regression of an autoencoder's latents of the frames ``horizon`` steps ahead (InternVLA-A1).
+class LatentHead(Flow):
+    """Foresight in an autoencoder's latents of the frames ``horizon`` steps ahead: by regression (InternVLA-A1), or by flow matching
+    where the stream's tokens are ``frames``.
 
     One square of ``patch`` x ``patch`` latent cells per token; cameras in order. ``predicts``: the ``frame`` itself, or its ``change``
-    from the present one, so that a picture stays what it was but for what moves.
+    from the present one, so that a picture stays what it was but for what moves. Without an ``autoencoder`` the latents of
+    ``channels`` come encoded with the data, as patches.
     """
 
     kind: Literal["latent"] = "latent"
-    autoencoder: str
+    autoencoder: str | None = None
+    channels: PositiveInt | None = None
     cameras: tuple[str, ...]
     image_size: PositiveInt
     patch: PositiveInt
@@ -171,20 +274,59 @@ class LatentHead(Strict):
     predicts: Literal["frame", "change"] = "frame"
     weight: float = 0.1
 
+    @model_validator(mode="after")
+    def _has_latents(self) -> "LatentHead":
+        if (self.autoencoder is None) == (self.channels is None):
+            raise ValueError("give either the autoencoder, or the channels of latents that come encoded with the data")
+        return self
+
 
 Head = Annotated[FlowHead | LatentHead, Field(discriminator="kind")]
 
 
+class Guidance(Strict):
+    """Classifier-free guidance: v = v0 + ``scale`` (v - v0), where v0 does without the streams ``without``."""
+
+    scale: float
+    without: tuple[str, ...]
+
+
 class Phase(Strict):
-    """One step of inference. ``steps`` counts Euler steps of a denoise phase."""
+    """One step of inference. ``steps`` counts Euler steps of a denoise phase; of its flows, those in ``clean`` are given without noise
+    and those in ``noise`` stay noise, while the others are denoised.
+
+    ``period``: after how many calls a prefill or regress phase runs anew; between, its keys and values are read as they were.
+    ``stale``: the age in seconds from which on they are refused.
+    """
 
     kind: PhaseKind
     streams: tuple[str, ...]
     steps: PositiveInt | None = None
+    clean: tuple[str, ...] = ()
+    noise: tuple[str, ...] = ()
+    guidance: Guidance | None = None
+    period: PositiveInt = 1
+    stale: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Phase":
+        if self.kind == "denoise" and (self.period > 1 or self.stale is not None):
+            raise ValueError("a denoise phase runs at every call; period and stale are for what it reads")
+        if self.kind != "denoise" and (self.guidance or self.steps or self.clean or self.noise):
+            raise ValueError(f"steps, clean, noise and guidance are for denoise phases, not for {self.kind}")
+        return self
+
+
+Schedule = dict[str, Phase]
 
 
 class Spec(Strict):
-    """A whole model. See ``configs/model/`` for the systems that are written in it."""
+    """A whole model. See ``configs/model/`` for the systems that are written in it.
+
+    ``sequence``: streams that stand interleaved, piece by piece; there ``causal`` means earlier in the sequence, and a piece is a block.
+    ``schedule``: the phases of inference, derived from the edges where it is not given. ``modes``: other schedules of the same
+    weights.
+    """
 
     name: str
     about: str
@@ -196,14 +338,14 @@ class Spec(Strict):
     state_dim: PositiveInt
     cameras: tuple[str, ...]
     couple: dict[str, Coupling] = {}
-    schedule: dict[str, Phase] | None = None
+    sequence: tuple[Piece, ...] = ()
+    schedule: Schedule | None = None
+    modes: dict[str, Schedule] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Spec":
         for name, stream in self.streams.items():
-            _known(stream.expert, self.experts, f"streams.{name}.expert", "expert")
-            if stream.tokens == "prompt" and not isinstance(self.experts[stream.expert], PretrainedExpert):
-                raise ValueError(f"streams.{name} holds a prompt, so its expert '{stream.expert}' must be of kind pretrained")
+            self._check_stream(name, stream)
         for row, cols in self.edges.items():
             _known(row, self.streams, f"edges.{row}", "stream")
             for col in cols:
@@ -211,25 +353,63 @@ class Spec(Strict):
         for name, head in self.heads.items():
             _known(name, self.streams, f"heads.{name}", "stream")
             self._check_head(name, head)
-        for name, stream in self.streams.items():
-            expert = self.experts[stream.expert]
-            timed = isinstance(expert, DecoderExpert) and expert.time != "none"
-            if stream.tokens == "actions" and stream.encoder == "linear" and not timed:
-                raise ValueError(
-                    f"streams.{name}.encoder is linear, so expert '{stream.expert}' must carry the flow time: time: adaptive_norm"
-                )
-            if stream.tokens in ("queries", "latents") and name not in self.heads:
-                raise ValueError(f"streams.{name} holds {stream.tokens}, which a latent head makes: add heads.{name}")
         for name in self.couple:
             _known(name, self.experts, f"couple.{name}", "expert")
+        for name, expert in self.experts.items():
+            if isinstance(expert, DecoderExpert) and expert.axes:
+                head_dim = (expert.space or self.space).head_dim
+                if sum(expert.axes) != head_dim:
+                    raise ValueError(f"experts.{name}.axes has {sum(expert.axes)} channels, the space's head_dim is {head_dim}")
+        lengths: dict[str, int] = {}
+        for piece in self.sequence:
+            _known(piece.stream, self.streams, "sequence", "stream")
+            lengths[piece.stream] = lengths.get(piece.stream, 0) + piece.length
+        for name, length in lengths.items():
+            if length != self.streams[name].length:
+                raise ValueError(f"sequence has {length} tokens of {name}, its length is {self.streams[name].length}")
         return self
+
+    def _check_stream(self, name: str, stream: Stream) -> None:
+        if stream.of is not None:
+            _known(stream.of, self.streams, f"streams.{name}.of", "stream")
+            source = self.streams[stream.of]
+            needed = {"present": ("frames",), "clean": ("frames", "actions"), "hidden": None}[stream.tokens]
+            if needed is not None and source.tokens not in needed:
+                raise ValueError(
+                    f"streams.{name} is {stream.tokens} of {stream.of}, which must hold {' or '.join(needed)}, not {source.tokens}"
+                )
+            if stream.tokens != "present" and stream.length != source.length:
+                raise ValueError(f"streams.{name} is made of {stream.of}, so its length must be {source.length}, not {stream.length}")
+        if stream.expert is None:
+            return
+        _known(stream.expert, self.experts, f"streams.{name}.expert", "expert")
+        expert = self.experts[stream.expert]
+        if stream.tokens == "prompt" and not isinstance(expert, PretrainedExpert):
+            raise ValueError(f"streams.{name} holds a prompt, so its expert '{stream.expert}' must be of kind pretrained")
+        timed = isinstance(expert, DecoderExpert) and expert.time != "none"
+        if stream.tokens in ("actions", "frames") and stream.encoder != "mlp" and not timed:
+            raise ValueError(
+                f"streams.{name}.encoder is {stream.encoder}, so expert '{stream.expert}' must carry the flow time: "
+                "time: adaptive_norm or adaln"
+            )
+        if stream.time_of is not None and (stream.time_of not in self.flows or name in self.flows):
+            raise ValueError(f"streams.{name}.time_of names a stream that is denoised ({', '.join(self.flows)}), for a stream that is not")
+        if stream.tokens in ("latents", "frames") and name not in self.heads:
+            raise ValueError(f"streams.{name} holds {stream.tokens}, which a latent head makes: add heads.{name}")
+        if stream.tokens == "actions" and name not in self.heads:
+            raise ValueError(f"streams.{name} holds actions, which a flow head denoises: add heads.{name}")
 
     def _check_head(self, name: str, head: FlowHead | LatentHead) -> None:
         stream = self.streams[name]
-        needed = ("actions",) if isinstance(head, FlowHead) else ("queries", "latents")
+        needed = ("actions",) if isinstance(head, FlowHead) else ("queries", "latents", "frames")
         if stream.tokens not in needed:
             wanted = " or ".join(f"'{tokens}'" for tokens in needed)
             raise ValueError(f"heads.{name} is a {head.kind} head, so streams.{name}.tokens must be {wanted}, not '{stream.tokens}'")
+
+    @property
+    def flows(self) -> tuple[str, ...]:
+        """Streams that are denoised."""
+        return tuple(name for name, stream in self.streams.items() if stream.tokens in ("actions", "frames"))
 
     def edge(self, row: str, col: str) -> Edge | None:
         """The edge by which ``row`` reads ``col``, or None."""

@@ -1,10 +1,13 @@
 """From observation to action chunk: phases with caches, beside one joint forward in every denoise step."""
 
+import itertools
+
 import torch
 
 from ...vla import Model, build, load_spec
 from ...vla.engine import infer
-from ...vla.flow import euler
+from ...vla.flow import grid
+from ...vla.model import Noisy
 from ...vla.proofs import Probe, probe
 from .run import Row, row, seconds
 
@@ -26,4 +29,8 @@ def run() -> list[Row]:
 @torch.no_grad()
 def _joint(model: Model, data: Probe) -> torch.Tensor:
     """The same chunk without caches."""
-    return euler(lambda x, time: model.joint(data.inputs, x, time[:, None].expand(x.shape[:2]))[0], data.noise, model.denoise_steps)
+    name = model.action_stream
+    x, times = data.noise[name], grid(next(p.steps or 10 for p in model.graph.phases.values() if p.kind == "denoise"))
+    for now, then in itertools.pairwise(times):
+        x = x + (then - now) * model.joint(data.inputs, {name: Noisy(x, torch.full(x.shape[:2], now))})[name]
+    return x

@@ -157,10 +157,7 @@ class PolicyTask:
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = Inputs(batch.get("images"), batch.get("ids"), batch["present"], batch["state"], batch.get("latents"))
         targets = Targets(batch["actions"], batch["mask"], batch["future"])
-        head = self.spec.heads[self.module.action_stream]
-        assert isinstance(head, FlowHead)
-        noise = torch.randn_like(targets.actions)
-        time = draw_times((len(noise), 1), head.time_distribution).to(noise.device).expand(noise.shape[:2])
+        noise, time = self._noise(targets)
         cache = None
         if "prefix" in batch:  # (B, L, 2, G, T, H)
             layers = [layer.unbind(1) for layer in batch["prefix"].unbind(1)]
@@ -169,6 +166,21 @@ class PolicyTask:
             kv = KV(tuple(k for k, _ in layers), tuple(v for _, v in layers), batch["present"], own)
             cache = {self._prompt_stream: kv}
         return self.module.losses(inputs, targets, noise, time, cache)
+
+    def _noise(self, targets: Targets) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Noise and time of every flow; the steps of a chunk that are settled before carry t = 1."""
+        noise: dict[str, Tensor] = {}
+        time: dict[str, Tensor] = {}
+        for name in self.spec.flows:
+            head = self.spec.heads[name]
+            noise[name] = torch.randn_like(self.module.data(name, targets))
+            rows, length = noise[name].shape[:2]
+            drawn = draw_times((rows, 1), head).to(targets.actions.device).expand(rows, length)
+            if isinstance(head, FlowHead) and head.prefix:
+                settled = torch.randint(0, head.prefix + 1, (rows, 1), device=drawn.device)
+                drawn = torch.where(torch.arange(length, device=drawn.device) < settled, 1.0, drawn)
+            time[name] = drawn
+        return noise, time
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         statistics = {key: value.model_dump(mode="json") for key, value in self.statistics.items()}
@@ -215,7 +227,7 @@ class PolicyTask:
         """Keys and values of the frozen prompt stream at the frames in ``self.present``, (variants, frames, L, 2, G, T, H) in bf16;
         None if they must not be kept."""
         stream, space = self._prompt_stream, self.spec.space
-        expert, recipe = self.spec.streams[stream].expert, self.recipe
+        expert, recipe = self.module.graph.owner[stream], self.recipe
         variants = 1 + (recipe.cache.variants if recipe.augment else 0)
         shape = (
             variants,
@@ -328,7 +340,9 @@ def check_dataset(dataset: Dataset, spec: Spec, recipe: Recipe) -> None:
 def references(spec: Spec) -> dict[str, Reference]:
     """The frozen weights that a checkpoint of ``spec`` stands on, with their hashes."""
     found = {n: make_reference(e.reference, "vlm") for n, e in spec.experts.items() if isinstance(e, PretrainedExpert)}
-    return found | {n: make_reference(h.autoencoder, "autoencoder") for n, h in spec.heads.items() if isinstance(h, LatentHead)}
+    return found | {
+        n: make_reference(h.autoencoder, "autoencoder") for n, h in spec.heads.items() if isinstance(h, LatentHead) and h.autoencoder
+    }
 
 
 def augment(images: np.ndarray, strength: Augment, rng: np.random.Generator) -> np.ndarray:

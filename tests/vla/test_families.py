@@ -137,9 +137,9 @@ def test_a_missing_view_moves_nothing(spec) -> None:
     shorter = build(spec.model_validate(spec.model_dump() | {"streams": _shortened(spec, view)})).eval()
     shorter.load_state_dict(model.state_dict())
     with torch.no_grad():
-        whole, _ = model.joint(replace(data.inputs, present=present), data.noise, data.time)
+        whole = model.joint(replace(data.inputs, present=present), data.noisy)["action"]
         inputs = replace(data.inputs, images=data.inputs.images[:, 1:], ids=data.inputs.ids[:, view:], present=None)
-        cut, _ = shorter.joint(inputs, data.noise, data.time)
+        cut = shorter.joint(inputs, data.noisy)["action"]
     torch.testing.assert_close(whole, cut, atol=TOLERANCE, rtol=0)
 
 
@@ -152,9 +152,9 @@ def test_a_prefix_kept_for_training_counts_on(spec) -> None:
         vlm = model.vlm("obs")
         rebuilt = replace(kept, own=vlm.own(data.inputs.ids, data.inputs.present, (32, 32)))
         blind = replace(data.inputs, images=None)
-        whole, _ = model.joint(data.inputs, data.noise, data.time)
-        again, _ = model.joint(blind, data.noise, data.time, {"obs": rebuilt})
-        drifted, _ = model.joint(blind, data.noise, data.time, {"obs": replace(kept, own=None)})
+        whole = model.joint(data.inputs, data.noisy)["action"]
+        again = model.joint(blind, data.noisy, {"obs": rebuilt})["action"]
+        drifted = model.joint(blind, data.noisy, {"obs": replace(kept, own=None)})["action"]
     torch.testing.assert_close(whole, again, atol=TOLERANCE, rtol=0)
     assert torch.allclose(whole, drifted, atol=TOLERANCE) == (vlm.family.axes == 1)
 

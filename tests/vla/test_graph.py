@@ -60,7 +60,7 @@ def test_hash_sees_an_edge(make_spec) -> None:
     [
         ({"edges": {"obs": {"action": "full"}}}, "is frozen and must not read action"),
         ({"edges": {"future": {"action": "full"}}}, "in a cycle"),
-        ({"edges": {"action": {"obs": "causal"}}}, "inside one stream only"),
+        ({"edges": {"action": {"obs": "causal"}}}, "inside one stream or sequence only"),
         ({"streams": {"action": {"block": None}}, "edges": {"action": {"action": "block_causal"}}}, "needs streams.action.block"),
         ({"schedule": {"all": {"kind": "prefill", "streams": ["obs"]}}}, "must name every stream once"),
         (

@@ -10,20 +10,25 @@ from triune import UserError
 from triune.vla import build
 from triune.vla.engine import infer
 from triune.vla.experts.pretrained import PromptEncoder
-from triune.vla.flow import draw_times, euler, interpolate
+from triune.vla.flow import draw_times, grid, interpolate
 from triune.vla.proofs import probe
 from triune.vla.show import draw, facts, show
+from triune.vla.spec import Flow
 
 
 def test_velocity_leads_from_noise_to_data() -> None:
     noise, data = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     torch.testing.assert_close(interpolate(noise, data, torch.zeros(2, 3)), noise)
     torch.testing.assert_close(interpolate(noise, data, torch.ones(2, 3)), data)
-    torch.testing.assert_close(euler(lambda x, t: data - noise, noise, steps=7), data)
+    for shift in (1.0, 5.0):
+        times = grid(7, shift)
+        whole = noise + sum((b - a) * (data - noise) for a, b in zip(times[:-1], times[1:], strict=True))
+        torch.testing.assert_close(whole, data)
+    assert grid(4) == [0, 0.25, 0.5, 0.75, 1] and grid(2, 5.0)[1] == pytest.approx(1 - 5 * 0.5 / 3)
 
 
 def test_beta_times_lie_near_noise() -> None:
-    times = draw_times((20000,), "beta", torch.Generator().manual_seed(0))
+    times = draw_times((20000,), Flow(), torch.Generator().manual_seed(0))
     assert times.min() >= 0 and times.max() < 1
     assert times.mean() == pytest.approx(1 - (0.999 * 0.6 + 0.001), abs=0.01)  # Beta(1.5, 1) has mean 0.6
 
@@ -33,7 +38,7 @@ def test_inference_is_a_function_of_its_noise(make_spec) -> None:
     data = probe(model)
     first, again = infer(model, data.inputs, data.noise), infer(model, data.inputs, data.noise)
     assert torch.equal(first.actions, again.actions) and first.actions.shape == (2, 6, 3)
-    assert not torch.equal(first.actions, infer(model, data.inputs, data.noise + 1).actions)
+    assert not torch.equal(first.actions, infer(model, data.inputs, {"action": data.noise["action"] + 1}).actions)
 
 
 def test_a_prefix_kept_from_before_changes_nothing(make_spec) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..graph import Own
+from ..spec import Space
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -25,6 +26,20 @@ class Prompt:
     own: Own | None = None
 
 
+@dataclass(frozen=True)
+class Context:
+    """Hidden states of others as an expert's cross layers read them.
+
+    Attributes:
+        keys, values: (B, G, S, H) per layer of the expert; None where the layer reads none.
+        mask: (B or 1, 1, T, S), True where a token may read; None where all may.
+    """
+
+    keys: tuple[Tensor | None, ...]
+    values: tuple[Tensor | None, ...]
+    mask: Tensor | None
+
+
 class Expert(nn.Module, ABC):
     """Per-layer pieces of a pre-norm transformer; the loop owns attention and order.
 
@@ -33,6 +48,7 @@ class Expert(nn.Module, ABC):
 
     width: int
     depth: int
+    space: Space
 
     @abstractmethod
     def condition(self, time: Tensor | None) -> Tensor | None:
@@ -54,9 +70,20 @@ class Expert(nn.Module, ABC):
         """Others' rotated keys and values (B, G, T, H), projected anew by such a layer."""
         raise NotImplementedError(f"{type(self).__name__} has no such layers")
 
+    def inform(self, hidden: Tensor, mask: Tensor | None) -> Context:
+        """Final hidden states of others (B, S, W) and who may read them, made ready for all layers."""
+        raise NotImplementedError(f"{type(self).__name__} has no such layers")
+
+    def hear(self, layer: int, x: Tensor, context: Context, condition: Tensor | None) -> Tensor:
+        """What a layer that reads hidden states in place of keys attends to: (B, T, N*H)."""
+        raise NotImplementedError(f"{type(self).__name__} has no such layers")
+
     @abstractmethod
-    def finish(self, layer: int, x: Tensor, attended: Tensor, condition: Tensor | None) -> Tensor:
-        """Output projection, residuals and FFN: x (B, T, D), attended (B, T, N*H) -> (B, T, D)."""
+    def finish(self, layer: int, x: Tensor, attended: Tensor, condition: Tensor | None, context: Context | None = None) -> Tensor:
+        """Output projection, residuals and FFN: x (B, T, D), attended (B, T, N*H) -> (B, T, D).
+
+        With a ``context``, a layer that reads hidden states after its attention does so here.
+        """
 
     @abstractmethod
     def final(self, x: Tensor, condition: Tensor | None) -> Tensor:

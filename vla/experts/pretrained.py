@@ -16,7 +16,7 @@ from ..attention import rotary, rotate
 from ..graph import Own
 from ..spec import PretrainedExpert, Space
 from ..weights.references import resolve_architecture, resolve_weights
-from .base import QKV, Expert, Prompt
+from .base import QKV, Context, Expert, Prompt
 from .families import FAMILIES, Family, positions
 
 
@@ -39,17 +39,13 @@ class PretrainedVLM(Expert):
         self.width: int = text_config.hidden_size
         self.depth: int = len(text.layers)
         self.head_dim: int = getattr(text_config, "head_dim", None) or self.width // text_config.num_attention_heads
+        heads, groups = text_config.num_attention_heads, text_config.num_key_value_heads
+        theta = self.rope_theta or text_config.rope_parameters["rope_theta"]
+        self.space = Space(heads=heads, kv_heads=groups, head_dim=self.head_dim, rope_theta=theta)
         self.frozen = config.frozen
         if config.frozen:
             self.requires_grad_(False)
             self.eval()
-
-    @property
-    def space(self) -> Space:
-        """The attention space that these weights were trained in."""
-        config = self.model.config.get_text_config()
-        theta = self.rope_theta or config.rope_parameters["rope_theta"]
-        return Space(heads=config.num_attention_heads, kv_heads=config.num_key_value_heads, head_dim=self.head_dim, rope_theta=theta)
 
     @property
     def image_token(self) -> int:
@@ -116,7 +112,12 @@ class PretrainedVLM(Expert):
         return rotate(q.transpose(1, 2), phase), rotate(k.transpose(1, 2), phase), v.transpose(1, 2)
 
     def finish(
-        self, layer: int, x: Float[Tensor, "B T D"], attended: Float[Tensor, "B T NH"], condition: Tensor | None
+        self,
+        layer: int,
+        x: Float[Tensor, "B T D"],
+        attended: Float[Tensor, "B T NH"],
+        condition: Tensor | None,
+        context: Context | None = None,
     ) -> Float[Tensor, "B T D"]:
         part = self.family.text(self.model).layers[layer]
         x = x + part.self_attn.o_proj(attended)

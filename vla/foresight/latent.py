@@ -1,21 +1,22 @@
-"""Foresight by regression of a frozen autoencoder's latents (the way of InternVLA-A1, one forward, no sampling)."""
+"""Foresight in a frozen autoencoder's latents: regressed in one forward (the way of InternVLA-A1) or denoised by flow matching."""
 
 from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...errors import UserError
-from ..spec import LatentHead
+from ..heads import FlowCodec
+from ..spec import LatentHead, Stream, TimeFeatures
 from ..weights.references import resolve_weights
 
 
 class LatentForesight(nn.Module):
-    """Learned queries in, patches of the future frame's latents out. With ``sees`` the present frame's patches go in with the
-    queries; a head that predicts the change adds what comes out to them.
+    """Patches of the future frames' latents, by regression or by flow matching.
 
+    Regression: learned queries in, patches out; where the stream holds ``latents`` the present frame's patches go in with the queries,
+    and a head that predicts the change adds what comes out to them. Flow: ``codec``, noisy patches in, velocities out.
     The autoencoder is referenced, never saved: it is frozen and kept out of this module's parameters.
 
     Raises:
@@ -24,30 +25,39 @@ class LatentForesight(nn.Module):
 
     autoencoder: Any
 
-    def __init__(self, head: LatentHead, width: int, length: int, sees: bool = False) -> None:
+    def __init__(self, head: LatentHead, stream: Stream, width: int, time_of: str | None, features: TimeFeatures) -> None:
         super().__init__()
-        self.head = head
-        with torch.device("cpu"), torch.no_grad():  # it is small, so it is real in a sketch too
-            autoencoder = _load(head.autoencoder)
-            object.__setattr__(self, "autoencoder", autoencoder)
-            self.channels: int = autoencoder.config.latent_channels
-            self.mean, self.std = _scales(autoencoder)
-            self.grid = autoencoder.encode(torch.zeros(1, 3, head.image_size, head.image_size)).latents.shape[-1]
-        per_camera = (self.grid // head.patch) ** 2
-        if self.grid % head.patch or per_camera * len(head.cameras) != length:
-            raise UserError(
-                f"the foresight stream needs {per_camera * len(head.cameras)} tokens ({len(head.cameras)} cameras, "
-                f"{self.grid}x{self.grid} latents in patches of {head.patch}), its length is {length}"
-            )
+        self.head, length = head, stream.length
+        self.channels = head.channels or 0
+        object.__setattr__(self, "autoencoder", None)
+        if head.autoencoder is not None:
+            self._open(head.autoencoder, length)
         size = self.channels * head.patch**2
-        self.queries = nn.Parameter(torch.randn(length, width) * 0.02)
-        self.into = nn.Linear(size, width) if sees else None
-        self.out = nn.Linear(width, size)
+        sees = stream.tokens == "latents"
+        self.codec = FlowCodec(size, width, stream.encoder, time_of, features) if stream.tokens == "frames" else None
+        if self.codec is None:
+            self.queries = nn.Parameter(torch.randn(length, width) * 0.02)
+            self.into = nn.Linear(size, width) if sees else None
+            self.out = nn.Linear(width, size)
+
+    def _open(self, reference: str, length: int) -> None:
+        with torch.device("cpu"), torch.no_grad():  # it is small, so it is real in a sketch too
+            autoencoder = _load(reference)
+            object.__setattr__(self, "autoencoder", autoencoder)
+            self.channels = autoencoder.config.latent_channels
+            self.mean, self.std = _scales(autoencoder)
+            self.grid = autoencoder.encode(torch.zeros(1, 3, self.head.image_size, self.head.image_size)).latents.shape[-1]
+        per_camera = (self.grid // self.head.patch) ** 2
+        if self.grid % self.head.patch or per_camera * len(self.head.cameras) != length:
+            raise UserError(
+                f"the foresight stream needs {per_camera * len(self.head.cameras)} tokens ({len(self.head.cameras)} cameras, "
+                f"{self.grid}x{self.grid} latents in patches of {self.head.patch}), its length is {length}"
+            )
 
     @property
     def needs_present(self) -> bool:
         """Whether the patches of the present frames are asked for."""
-        return self.into is not None or self.head.predicts == "change"
+        return self.codec is None and (self.into is not None or self.head.predicts == "change")
 
     def tokens(self, batch: int, present: Float[Tensor, "B T P"] | None) -> Float[Tensor, "B T D"]:
         """The stream's tokens; ``present`` holds the patches of the present frames where it ``sees`` them."""
@@ -66,7 +76,16 @@ class LatentForesight(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: UInt8[Tensor, "B V 3 Y X"]) -> Float[Tensor, "B T P"]:
-        """Target patches of the cameras' frames, normalised per latent channel."""
+        """Target patches of the cameras' frames, normalised per latent channel.
+
+        Raises:
+            UserError: the spec names no autoencoder.
+        """
+        if self.autoencoder is None:
+            raise UserError(
+                f"the foresight of cameras {', '.join(self.head.cameras)} has no autoencoder, so latents must come encoded with the data; "
+                "name one (heads.<stream>.autoencoder) or give Inputs.latents and Targets.future as patches"
+            )
         size = self.head.patch
         pixels = (images.flatten(0, 1).float() / 127.5 - 1.0).to(memory_format=torch.channels_last)
         latents = (self.autoencoder.encode(pixels).latents - self._of(self.mean, pixels)) / self._of(self.std, pixels)
@@ -84,14 +103,11 @@ class LatentForesight(nn.Module):
         pixels = self.autoencoder.decode(latents.float()).sample
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).unflatten(0, (-1, views))
 
-    @staticmethod
-    def loss(predicted: Float[Tensor, "B T P"], target: Float[Tensor, "B T P"]) -> Float[Tensor, ""]:
-        return F.mse_loss(predicted, target)
-
     def _apply(self, fn: Any, recurse: bool = True) -> "LatentForesight":
         """Move the autoencoder with the module, which does not own it."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it without types
-        self.autoencoder._apply(fn)
+        if self.autoencoder is not None:
+            self.autoencoder._apply(fn)
         return self
 
     def _of(self, values: Tensor, like: Tensor) -> Tensor:

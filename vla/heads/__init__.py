@@ -1,5 +1,5 @@
-"""Heads: what turns tokens into actions."""
+"""Heads and encoders of streams."""
 
-from .action import ActionHead, StateEncoder
+from .action import FlowCodec, StateEncoder, mlp
 
-__all__ = ["ActionHead", "StateEncoder"]
+__all__ = ["FlowCodec", "StateEncoder", "mlp"]

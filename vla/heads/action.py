@@ -1,53 +1,55 @@
-"""Actions and proprioception in and out of the backbone."""
+"""What is denoised, and proprioception, in and out of the backbone."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..flow import sinusoid
+from ..spec import TimeFeatures
+
+
+def mlp(size: int, width: int, encoder: str) -> nn.Sequential:
+    """``linear``, or a SiLU MLP of two (``mlp``) or three (``mlp3``) layers."""
+    deep = {"linear": 0, "mlp": 1, "mlp3": 2}[encoder]
+    return nn.Sequential(nn.Linear(size, width), *(part for _ in range(deep) for part in (nn.SiLU(), nn.Linear(width, width))))
 
 
 class StateEncoder(nn.Module):
     """Normalised proprioception (B, S) -> one token (B, 1, D)."""
 
-    def __init__(self, state_dim: int, width: int, linear: bool = False) -> None:
+    def __init__(self, state_dim: int, width: int, encoder: str = "mlp") -> None:
         super().__init__()
-        deep = () if linear else (nn.SiLU(), nn.Linear(width, width))
-        self.mlp = nn.Sequential(nn.Linear(state_dim, width), *deep)
+        self.mlp = mlp(state_dim, width, encoder)
 
     def forward(self, state: Float[Tensor, "B S"]) -> Float[Tensor, "B 1 D"]:
         return self.mlp(state)[:, None]
 
 
-class ActionHead(nn.Module):
-    """Noisy action chunks to tokens, hidden states to velocities.
+class FlowCodec(nn.Module):
+    """What is between noise and data (B, T, X) to tokens, hidden states to velocities.
 
-    With ``time_of`` the flow time joins each action by an MLP (pi0); otherwise the expert's norms carry it (pi0.5), and a
-    ``linear`` encoder does without the MLP.
+    With ``time_of`` the flow time joins each token by an MLP (pi0); otherwise the expert's norms carry it (pi0.5).
     """
 
-    def __init__(self, action_dim: int, width: int, time_of: str | None, linear: bool = False) -> None:
+    def __init__(self, size: int, width: int, encoder: str, time_of: str | None, features: TimeFeatures) -> None:
         super().__init__()
-        self.width, self.time_of = width, time_of
-        self.into = nn.Linear(action_dim, width)
-        inner = width if time_of is None else 2 * width
-        self.mix = nn.Identity() if linear else nn.Sequential(nn.Linear(inner, width), nn.SiLU(), nn.Linear(width, width))
-        self.out = nn.Linear(width, action_dim)
+        self.width, self.time_of, self.features = width, time_of, features
+        self.into = nn.Linear(size, width)
+        last, inner = nn.Linear(width, width), width if time_of is None else width + (features.width or width)
+        between = {
+            "linear": (),
+            "mlp": (nn.Linear(inner, width), nn.SiLU(), last),
+            "mlp3": (nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last),
+        }
+        self.mix = nn.Sequential(*between[encoder])
+        self.out = nn.Linear(width, size)
 
-    def encode(self, noisy: Float[Tensor, "B C A"], time: Float[Tensor, "B C"]) -> Float[Tensor, "B C D"]:
+    def encode(self, noisy: Float[Tensor, "B T X"], time: Float[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         x = self.into(noisy)
         if self.time_of is not None:
-            features = sinusoid(time if self.time_of == "t" else 1 - time, self.width)
+            features = sinusoid(time if self.time_of == "t" else 1 - time, self.features, self.width)
             x = torch.cat([x, features.to(x.dtype)], dim=-1)
         return self.mix(x)
 
-    def velocity(self, hidden: Float[Tensor, "B C D"]) -> Float[Tensor, "B C A"]:
+    def velocity(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T X"]:
         return self.out(hidden)
-
-    @staticmethod
-    def loss(velocity: Float[Tensor, "B C A"], target: Float[Tensor, "B C A"], mask: Tensor, kind: str) -> Float[Tensor, ""]:
-        """Mean error over the present chunk steps; ``mask`` (B, C) is False where the episode had ended."""
-        error = F.l1_loss(velocity, target, reduction="none") if kind == "l1" else F.mse_loss(velocity, target, reduction="none")
-        weight = mask[..., None].to(error.dtype).expand_as(error)
-        return (error * weight).sum() / weight.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""State dicts of lerobot's policies in our names: pi0, pi0.5 and SmolVLA (``lerobot.policies``, version 0.6.1).
+"""State dicts of lerobot's policies in our names: pi0, pi0.5, SmolVLA and FastWAM (``lerobot.policies``, version 0.6.1).
 
 What differs beside names: their flow runs from t = 1 (noise) to 0 and regresses noise - data, so the output layer changes sign
 and the spec says ``time_of: 1-t``; Gemma's norms multiply by 1 + weight; their adaptive norms gate a residual by g, ours by 1 + g.
@@ -20,6 +20,22 @@ OUTER = {
     "time_mlp_in": "mot.experts.act.time.mlp.0",
     "time_mlp_out": "mot.experts.act.time.mlp.2",
 }
+
+WAN_LAYER = re.compile(r"mot\.layers\.(\d+)\.blocks\.(\w+)\.(.+)")
+WAN_EXPERTS = {"video": "vid", "action": "act"}
+WAN_PARTS = (
+    {f"self_attn.{part}": part for part in "qkvo"}
+    | {f"cross_attn.{part}": f"cross.{part}" for part in "qkvo"}
+    | {
+        "self_attn.norm_q": "q_norm",
+        "self_attn.norm_k": "k_norm",
+        "cross_attn.norm_q": "cross.q_norm",
+        "cross_attn.norm_k": "cross.k_norm",
+        "norm3": "cross.norm",
+        "ffn.0": "gate_up",
+        "ffn.2": "down",
+    }
+)
 
 
 def pi_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -88,3 +104,62 @@ def _norm(name: str, rest: str, tensor: Tensor, origin: float, gated: bool) -> d
     if gated:
         out[f"{name}.gating.{kind}"] = gate - 1 if kind == "bias" else gate
     return out
+
+
+def fastwam_weights(state: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
+    """The state dict of FastWAM's network (``policies/fastwam/wan/modular.py``) as that of ``Model`` for the spec ``fastwam``.
+
+    Its rotary pairs neighbouring channels, ours the halves of a head, so the channels of queries and keys change their order; its
+    gates are g, ours 1 + g; its velocity points to the noise.
+
+    Args:
+        heads: of the attention space.
+
+    Raises:
+        KeyError: a key that the network does not have.
+    """
+    out: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if (layer := WAN_LAYER.fullmatch(key)) is not None:
+            prefix, part = f"mot.experts.{WAN_EXPERTS[layer[2]]}.layers.{layer[1]}.", layer[3]
+            module, _, kind = part.rpartition(".")
+            if part == "modulation":
+                for norm, rows in zip(("attention_norm", "ffn_norm"), tensor[0].split(3), strict=True):
+                    out[f"{prefix}{norm}.table"] = rows - rows.new_tensor([[0.0], [0.0], [1.0]])
+                continue
+            attention, _, name = module.partition(".")
+            turned = attention == "self_attn" and name in ("q", "k", "norm_q", "norm_k")
+            out[f"{prefix}{WAN_PARTS[module]}.{kind}"] = _halves(tensor, heads) if turned else tensor
+            continue
+        module, _, kind = key.rpartition(".")
+        parts = module.split(".")
+        expert = WAN_EXPERTS[parts[2]] if parts[0] == "mot" else ""
+        match parts[3:] if expert else parts:
+            case ["text_embedding", number]:
+                out[f"mot.experts.{expert}.adapter.{number}.{kind}"] = tensor
+            case ["time_embedding", number]:  # cosines come first there
+                swapped = torch.cat(tensor.chunk(2, dim=1)[::-1], dim=1) if number == "0" and kind == "weight" else tensor
+                out[f"mot.experts.{expert}.time.mlp.{number}.{kind}"] = swapped
+            case ["time_projection", "1"]:
+                out[f"mot.experts.{expert}.modulation.{kind}"] = tensor
+            case ["proprio_encoder"]:
+                out[f"states.state.mlp.0.{kind}"] = tensor
+            case ["patch_embedding"]:
+                out[f"foresight.video.codec.into.{kind}"] = tensor.flatten(1) if kind == "weight" else tensor
+            case ["head"] if kind == "modulation":
+                out[f"mot.experts.{expert}.final_norm.table"] = tensor[0]
+            case ["head", "head"]:
+                cells = tensor.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)  # channels first, as in our patches
+                out[f"foresight.video.codec.out.{kind}"] = -cells
+            case ["action_encoder"]:
+                out[f"actions.action.into.{kind}"] = tensor
+            case ["head"]:
+                out[f"actions.action.out.{kind}"] = -tensor
+            case _:
+                raise KeyError(key)
+    return out
+
+
+def _halves(tensor: Tensor, heads: int) -> Tensor:
+    """Channels (N*H, ...) of which neighbours turn together, in the order in which the halves of a head do."""
+    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
