@@ -140,7 +140,7 @@ def _denoise(
         gone = dict.fromkeys(phase.guidance.without, torch.ones(rows, dtype=torch.bool, device=next(iter(x.values())).device))
         without = replace(inputs, dropped=dict(inputs.dropped) | gone)
         bare, _ = model.observe(without, mode=mode)
-    grids = {n: grid(steps, spec.heads[n].shift) for n in flows}
+    grids = {n: grid(steps, phase.shift or spec.heads[n].shift) for n in flows}
     for i in range(steps):
         noisy = {}
         for n in flows:

@@ -326,8 +326,8 @@ class Model(nn.Module):
             time = torch.ones(x.shape[:2], device=x.device)
             if stream.time_of is not None:
                 time = noisy[stream.time_of].time[:, :1].expand(x.shape[:2])
-        if stream.table:
-            x = x + table(stream.length, x.shape[-1]).to(x.device, x.dtype)
+        if stream.table is not None:
+            x = x + table(stream.table, stream.length, x.shape[-1]).to(x.device, x.dtype)
         return Tokens(x, empty, time=time if self._timed(name) else None)
 
     def _clean(self, name: str, stream: Stream, inputs: Inputs, cache: Cache, batch: int) -> Tensor:

@@ -117,9 +117,9 @@ class MoT(nn.Module):
             if step is steps[-1] and not wanted:
                 break
             alike = (step.edges, tuple(q))
-            if alike not in reads:
+            if q and alike not in reads:
                 reads[alike] = self._reads(list(q), list(keys), tokens, cache, step)
-            attended = self._attend(q, keys, values, reads[alike], layers)
+            attended = self._attend(q, keys, values, reads[alike], layers) if q else {}
             for e, layer in layers.items():
                 expert = self.experts[e]
                 if e in step.apart:

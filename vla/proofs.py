@@ -245,7 +245,7 @@ def _constant(model: Model, stream: str) -> bool:
 
 def _image_size(model: Model) -> int:
     """The side of images that every part of the model takes."""
-    heads = [h.image_size for h in model.spec.heads.values() if isinstance(h, LatentHead)]
+    heads = [h.image_size for h in model.spec.heads.values() if isinstance(h, LatentHead) and h.autoencoder]
     towers = [model.vlm(n).side for n, s in model.spec.streams.items() if s.tokens == "prompt"]
     return next((size for size in (*heads, *towers) if size is not None), 64)
 

@@ -108,7 +108,7 @@ class DecoderExpert(Strict):
 
     ``space``: its own attention space, where it meets no other expert in keys. ``norm``: RMS with a weight, layer norm with weight
     and bias, or without. ``qk_norm``: of each head, of the ``whole`` projection, or none. ``activation``: of the FFN, ``gated``
-    (SwiGLU, Gemma's GeGLU) or not. ``axes``: rotary channels per axis of its positions, by default all of one; an empty list turns
+    (SwiGLU, Gemma's GeGLU) or not. ``bias``: of all projections, or of the FFN's alone. ``axes``: rotary channels per axis of its positions, by default all of one; an empty list turns
     nothing.
     ``time``: how the flow time enters its layers: scale, shift and gate of each norm (``adaptive_norm``), scale and shift of the
     attention's alone (``attention_norm``, GR00T), or of a table in each layer plus one projection for all (``adaln``, Wan).
@@ -124,7 +124,7 @@ class DecoderExpert(Strict):
     norm_eps: PositiveFloat = 1e-6
     final_norm: bool = True
     qk_norm: bool | Literal["whole"] = True
-    bias: bool = False
+    bias: bool | Literal["ffn"] = False
     activation: Literal["silu", "gelu_tanh"] = "silu"
     gated: bool = True
     axes: tuple[PositiveInt, ...] | None = None
@@ -166,7 +166,7 @@ class Stream(Strict):
     to come). Three are made ``of`` another stream: ``present``, the present frames encoded as that stream's frames are; ``clean``, that
     stream's data without noise (the target in training, its result in inference); ``hidden``, its final hidden states.
     ``length`` is the token count; the prompt's is its padded length. ``encoder``: how states, actions and hidden states become
-    tokens; ``table`` adds sines of their place to them. ``scale``: what a prompt's embeddings are multiplied by. ``block`` is the
+    tokens; ``table`` adds sines of their place to them, counted from its value. ``scale``: what a prompt's embeddings are multiplied by. ``block`` is the
     block size of ``block_causal`` and ``own_block`` relations. ``time_of``: the flow stream whose time its tokens carry; without, they
     are clean (t = 1).
     ``positions``: ``continue`` counts on after all earlier streams (absent tokens are skipped), ``restart`` begins at ``start``.
@@ -180,7 +180,7 @@ class Stream(Strict):
     of: str | None = None
     width: PositiveInt | None = None
     encoder: Literal["mlp", "mlp3", "linear"] = "mlp"
-    table: bool = False
+    table: NonNegativeInt | None = None
     scale: Literal["one", "sqrt_width"] = "one"
     time_of: str | None = None
     block: PositiveInt | None = None
@@ -292,8 +292,8 @@ class Guidance(Strict):
 
 
 class Phase(Strict):
-    """One step of inference. ``steps`` counts Euler steps of a denoise phase; of its flows, those in ``clean`` are given without noise
-    and those in ``noise`` stay noise, while the others are denoised.
+    """One step of inference. ``steps`` counts Euler steps of a denoise phase, ``shift`` bends their grid where it is not that of
+    training; of its flows, those in ``clean`` are given without noise and those in ``noise`` stay noise, while the others are denoised.
 
     ``period``: after how many calls a prefill or regress phase runs anew; between, its keys and values are read as they were.
     ``stale``: the age in seconds from which on they are refused.
@@ -302,6 +302,7 @@ class Phase(Strict):
     kind: PhaseKind
     streams: tuple[str, ...]
     steps: PositiveInt | None = None
+    shift: PositiveFloat | None = None
     clean: tuple[str, ...] = ()
     noise: tuple[str, ...] = ()
     guidance: Guidance | None = None
@@ -312,8 +313,8 @@ class Phase(Strict):
     def _consistent(self) -> "Phase":
         if self.kind == "denoise" and (self.period > 1 or self.stale is not None):
             raise ValueError("a denoise phase runs at every call; period and stale are for what it reads")
-        if self.kind != "denoise" and (self.guidance or self.steps or self.clean or self.noise):
-            raise ValueError(f"steps, clean, noise and guidance are for denoise phases, not for {self.kind}")
+        if self.kind != "denoise" and (self.guidance or self.steps or self.shift or self.clean or self.noise):
+            raise ValueError(f"steps, shift, clean, noise and guidance are for denoise phases, not for {self.kind}")
         return self
 
 

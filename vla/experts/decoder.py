@@ -98,10 +98,11 @@ class CrossAttention(nn.Module):
         super().__init__()
         shared, after = space.kv_heads * space.head_dim, config.cross is not None and config.cross.place == "after"
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps) if after else None
-        self.q = nn.Linear(config.width, space.heads * space.head_dim, bias=config.bias)
-        self.k = nn.Linear(source, shared, bias=config.bias)
-        self.v = nn.Linear(source, shared, bias=config.bias)
-        self.o = nn.Linear(space.heads * space.head_dim, config.width, bias=config.bias) if after else None
+        bias = config.bias is True
+        self.q = nn.Linear(config.width, space.heads * space.head_dim, bias=bias)
+        self.k = nn.Linear(source, shared, bias=bias)
+        self.v = nn.Linear(source, shared, bias=bias)
+        self.o = nn.Linear(space.heads * space.head_dim, config.width, bias=bias) if after else None
         self.q_norm, self.k_norm = _qk_norm(config, space, space.heads), _qk_norm(config, space, space.kv_heads)
 
 
@@ -110,7 +111,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DecoderExpert, space: Space, layer: int, source: int | None) -> None:
         super().__init__()
-        width, shared, bias = config.width, space.kv_heads * space.head_dim, config.bias
+        width, shared, bias = config.width, space.kv_heads * space.head_dim, config.bias is True
         cross = config.cross if config.crosses(layer) else None
         hidden = cross is not None and cross.reads == "hidden"
         crosses = shared if cross is not None and not hidden else width
@@ -122,8 +123,8 @@ class DecoderLayer(nn.Module):
         self.o = nn.Linear(space.heads * space.head_dim, width, bias=bias)
         self.q_norm = _qk_norm(config, space, space.heads)
         self.ffn_norm = _norm(config, slice(3, 6))
-        self.gate_up = nn.Linear(width, (2 if config.gated else 1) * config.ffn, bias=bias)
-        self.down = nn.Linear(config.ffn, width, bias=bias)
+        self.gate_up = nn.Linear(width, (2 if config.gated else 1) * config.ffn, bias=bool(config.bias))
+        self.down = nn.Linear(config.ffn, width, bias=bool(config.bias))
         self.k_norm = _qk_norm(config, space, space.kv_heads)
         self.cross = CrossAttention(config, space, source) if hidden and source is not None else None
 
