@@ -63,6 +63,7 @@ class TriunePolicy(Policy):
         noise = {self.model.action_stream: torch.from_numpy(np.stack([self._noise(r) for r in padded])).to(self.device)}
         encoded = time.perf_counter()
         outputs = infer(self.model, inputs, noise)
+        assert outputs.actions is not None
         for request in requests:
             self.sessions[request.session].step += 1
         actions = self.action.unnormalise(outputs.actions.float().cpu().numpy())

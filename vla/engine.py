@@ -1,5 +1,6 @@
 """Inference: the schedule of a model, phase by phase, each stream no oftener than the graph demands."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .flow import grid
-from .model import Inputs, Model, Noisy, Outputs
+from .model import GENERATES, Inputs, Model, Noisy, Outputs
 from .mot import KV, Cache
 from .spec import Phase
 
@@ -72,7 +73,7 @@ def infer_again(
     kept: dict[str, KV] = dict(model.contexts(inputs))
     foresight: dict[str, Tensor] = {}
     for name, phase in model.graph.schedule(mode).items():
-        if phase.kind == "denoise":
+        if phase.kind in GENERATES:
             break
         memory.calls[name] = memory.calls.get(name, phase.period) + 1
         if name not in memory.kept or memory.calls[name] > phase.period:
@@ -98,22 +99,24 @@ def _finish(
     mode: str | None,
     prefix: Tensor | None,
 ) -> Outputs:
-    """The first denoise phase and what follows it."""
+    """The first phase that generates and what follows it."""
     done: dict[str, Tensor] = {}
-    schedule = model.graph.schedule(mode)
-    first = [phase.kind for phase in schedule.values()].index("denoise")
-    for name, phase in list(schedule.items())[first:]:
+    words: dict[str, Tensor] = {}
+    phases = itertools.dropwhile(lambda item: item[1].kind not in GENERATES, model.graph.schedule(mode).items())
+    for name, phase in phases:
         now = replace(inputs, clean=dict(inputs.clean) | done)
         if phase.kind == "denoise":
             done |= _denoise(model, phase, now, noise, kept, steps or phase.steps or 10, mode, prefix)
+        elif phase.kind == "ar":
+            inputs, words[phase.streams[0]] = _speak(model, phase.streams[0], now, kept)
+            kept |= model.fill(name, inputs, kept, mode)[0]
         else:
             kv, seen = model.fill(name, now, kept, mode)
             kept |= kv
             foresight |= seen
     flows = {n: x for n, x in done.items() if n in model.foresight}
-    actions = done.get(model.action_stream, inputs.clean.get(model.action_stream))
-    assert actions is not None, "a schedule without actions is given them"
-    return Outputs(actions, foresight | flows)
+    actions = next((done.get(n, inputs.clean.get(n)) for n in model.actions), None)
+    return Outputs(actions, foresight | flows, words)
 
 
 def _denoise(
@@ -140,7 +143,7 @@ def _denoise(
         gone = dict.fromkeys(phase.guidance.without, torch.ones(rows, dtype=torch.bool, device=next(iter(x.values())).device))
         without = replace(inputs, dropped=dict(inputs.dropped) | gone)
         bare, _ = model.observe(without, mode=mode)
-    grids = {n: grid(steps, phase.shift or spec.heads[n].shift) for n in flows}
+    grids = {n: grid(steps, phase.shift or spec.flow(n).shift) for n in flows}
     for i in range(steps):
         noisy = {}
         for n in flows:
@@ -159,6 +162,21 @@ def _denoise(
                 fixed = prefix.shape[1] if prefix is not None and n == model.action_stream else 0
                 x[n] = torch.cat([x[n][:, :fixed], moved[:, fixed:]], dim=1) if fixed else moved
     return {n: x[n] for n in flows if n not in phase.noise}
+
+
+def _speak(model: Model, stream: str, inputs: Inputs, kept: Cache) -> tuple[Inputs, Tensor]:
+    """``inputs`` with the words of a stream said one by one, each the likeliest after those before, and their ids; those given begin."""
+    assert inputs.ids is not None and inputs.present is not None, f"stream {stream} needs ids and how many of them are given"
+    ids, present = inputs.ids.clone(), inputs.present.clone()
+    rows = torch.arange(len(ids), device=ids.device)
+    for _ in range(int((~present).sum(1).max())):
+        now = replace(inputs, ids=ids, present=present)
+        hidden, _kv = model.mot(model.embed([stream], now, cache=kept), kept, outputs=[stream])
+        last = present.sum(1)
+        said = model.speech[stream](hidden[stream][rows, (last - 1).clamp(min=0)]).argmax(-1)
+        here = last < ids.shape[1]
+        ids[rows[here], last[here]], present[rows[here], last[here]] = said[here], True
+    return replace(inputs, ids=ids, present=present), ids
 
 
 def _check_prefix(model: Model, length: int) -> None:

@@ -66,7 +66,9 @@ def sinusoid(time: Float[Tensor, "*S"], features: TimeFeatures, width: int) -> F
 
 def table(first: int, length: int, width: int) -> Float[Tensor, "T D"]:
     """Sine and cosine of ``length`` places from ``first`` on, with wavelengths from 2 pi to 20,000 pi (Attention Is All You Need)."""
-    angle = torch.arange(first, first + length, dtype=torch.float64)[:, None] * 10_000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    angle = torch.arange(first, first + length, dtype=torch.float64)[:, None] * 10_000.0 ** (
+        -torch.arange(width // 2, dtype=torch.float64) / (width // 2)
+    )
     return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .spec import DecoderExpert, Phase, PhaseKind, Spec
+from .spec import DecoderExpert, LatentHead, Phase, PhaseKind, Spec, WordHead
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Graph:
         self.contexts = tuple(n for n in self.names if spec.streams[n].expert is None)
         self.owner = {n: e for n in self.names if (e := spec.streams[n].expert) is not None}
         self.edges = {(row, col): edge for row in self.names for col in self.names if (edge := spec.edge(row, col))}
+        self.interleaved = {piece.stream for piece, _ in spec.pieces}
         self._check_edges()
         self.stages = self._stages()
         self.phases = dict(spec.schedule) if spec.schedule else self._derive_phases()
@@ -277,12 +278,11 @@ class Graph:
         """Tokens in the order of the sequence: whole streams, or pieces of those that are interleaved."""
         out: list[tuple[str, slice]] = []
         begun: dict[str, int] = {}
-        interleaved = {piece.stream for piece in self.spec.sequence}
         for name in self.owner:
-            if name not in interleaved:
+            if name not in self.interleaved:
                 out.append((name, slice(0, self.spec.streams[name].length)))
             elif not begun:
-                for piece in self.spec.sequence:
+                for piece, _ in self.spec.pieces:
                     start = begun.get(piece.stream, 0)
                     begun[piece.stream] = start + piece.length
                     out.append((piece.stream, slice(start, start + piece.length)))
@@ -290,12 +290,13 @@ class Graph:
 
     def _order(self, name: str, block: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
         """Of each token its place and its block: in the interleaved sequence with pieces as blocks, or in its own stream."""
-        if not any(piece.stream == name for piece in self.spec.sequence):
+        if name not in self.interleaved:
             places = torch.arange(self.spec.streams[name].length, device=device)
             return places, places // block
-        numbers = torch.cat([torch.full((piece.length,), i, device=device) for i, piece in enumerate(self.spec.sequence)])
-        mine = torch.tensor([piece.stream == name for piece in self.spec.sequence], device=device)[numbers]
-        return mine.nonzero()[:, 0], numbers[mine]
+        pieces = self.spec.pieces
+        blocks = torch.tensor([block for piece, block in pieces for _ in range(piece.length)], device=device)
+        mine = torch.tensor([piece.stream == name for piece, _ in pieces for _ in range(piece.length)], device=device)
+        return mine.nonzero()[:, 0], blocks[mine]
 
     def _pairs(self, pairs: Sequence[tuple[str, str]], own: bool = False) -> Tensor:
         """(N, N) over all tokens: True between all tokens of each (row, col), or with ``own`` between those of the same number."""
@@ -310,7 +311,9 @@ class Graph:
     # derivation -----------------------------------------------------------------------------------------------------
 
     def _kind(self, stream: str) -> PhaseKind:
-        return "denoise" if stream in self.spec.flows else "regress" if stream in self.spec.heads else "prefill"
+        if stream in self.spec.flows:
+            return "denoise"
+        return "regress" if isinstance(self.spec.heads.get(stream), LatentHead) else "prefill"
 
     def _needs(self, stream: str) -> set[str]:
         """Streams that must be there before or while ``stream`` runs in inference."""
@@ -328,7 +331,7 @@ class Graph:
                     f"{self.spec.name}: streams {left} read each other in a cycle; "
                     "give a schedule that puts them in one phase, or cut an edge"
                 )
-            kind = min((self._kind(n) for n in ready), key=("prefill", "regress", "denoise").index)
+            kind = min((self._kind(n) for n in ready), key=("prefill", "ar", "regress", "denoise").index)
             streams = tuple(n for n in ready if self._kind(n) == kind)
             last = next(reversed(phases)) if phases else None
             apart = last is not None and any(set(phases[last].streams) & self._sources(n) for n in streams)
@@ -342,7 +345,7 @@ class Graph:
     # checks ---------------------------------------------------------------------------------------------------------
 
     def _check_edges(self) -> None:
-        interleaved = {piece.stream for piece in self.spec.sequence}
+        interleaved = self.interleaved
         for (row, col), edge in self.edges.items():
             where = f"{self.spec.name}: edges.{row}.{col}"
             if row not in self.owner:
@@ -394,9 +397,9 @@ class Graph:
                     raise UserError(
                         f"{self.spec.name}: {row} runs in phase '{name}' of {what} but reads {', '.join(late)}, which a later phase makes"
                     )
-                if phase.kind not in (self._kind(row), "denoise") or (
-                    phase.kind == "denoise" and not set(phase.streams) & set(self.spec.flows)
-                ):
+                allowed = {self._kind(row)} | ({"ar"} if isinstance(self.spec.heads.get(row), WordHead) else set())
+                allowed |= {"denoise"} if set(phase.streams) & set(self.spec.flows) else set()
+                if phase.kind not in allowed or (phase.kind == "ar" and len(phase.streams) > 1):
                     kind = self._kind(row)
                     raise UserError(
                         f"{self.spec.name}: {row} is of kind {kind} by its head and cannot run in the {phase.kind} phase '{name}' of {what}"

@@ -16,7 +16,7 @@ from .graph import Graph
 from .heads import FlowCodec, StateEncoder, mlp
 from .modules import ModuleDict
 from .mot import KV, Cache, MoT, Tokens
-from .spec import DecoderExpert, FlowHead, LatentHead, PretrainedExpert, Spec, Stream, TimeFeatures
+from .spec import DecoderExpert, FlowHead, LatentHead, PretrainedExpert, Spec, Stream, TimeFeatures, WordHead
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Inputs:
 
     Attributes:
         images: (B, V, 3, Y, X) uint8, views in the spec's camera order.
-        ids: prompt token ids (B, T); present: (B, T) bool, False on padding.
+        ids: token ids (B, T) of the prompt or the words; present: (B, T) bool, False on padding.
         state: normalised proprioception (B, S).
         latents: patches (B, T, P) of the present frames, where foresight needs them; encoded from ``images`` where absent.
-        features: context -> (B, T, W), and which of them are there, (B, T) bool, where not all are.
+        features: stream -> (B, T, W), and which of them are there, (B, T) bool, where not all are.
         clean: stream -> data (B, T, X) of a flow that is given without noise.
         dropped: stream -> (B,) bool, True where a row goes without it (what guidance compares with).
     """
@@ -67,10 +67,16 @@ class Noisy:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What inference answers: the normalised chunk (B, C, A), and predicted latent patches (B, T, P) per foresight stream."""
+    """What inference answers: the normalised chunk (B, C, A), predicted latent patches (B, T, P) per foresight stream, and ids (B, T)
+    per stream of words that were spoken."""
 
-    actions: Float[Tensor, "B C A"]
+    actions: Float[Tensor, "B C A"] | None
     foresight: dict[str, Tensor] = field(default_factory=dict)
+    words: dict[str, Tensor] = field(default_factory=dict)
+
+
+GENERATES = ("ar", "denoise")
+"""Phases that make what was not observed."""
 
 
 class Model(nn.Module):
@@ -86,7 +92,9 @@ class Model(nn.Module):
         self.graph = Graph(spec)
         self.mot = MoT(self.graph, _experts(spec, self.graph))
         streams = spec.streams
-        widths = {n: s.width or self.mot.experts[self.graph.owner[n]].width for n, s in streams.items()}
+        self.widths = widths = {
+            n: self.mot.experts[e].width if (e := self.graph.owner.get(n)) else s.width or 0 for n, s in streams.items()
+        }
         times = {n: self._time(n) for n in streams}
         kinds = {kind: [n for n, s in streams.items() if s.tokens == kind] for kind in ("state", "hidden", "queries")}
         self.states = ModuleDict({n: StateEncoder(spec.state_dim, widths[n], streams[n].encoder) for n in kinds["state"]})
@@ -99,6 +107,14 @@ class Model(nn.Module):
         self.adapters = ModuleDict(
             {n: mlp(widths[s.of], widths[n], s.encoder) for n in kinds["hidden"] if (s := streams[n]).of is not None}
         )
+        given = {n: s.width for n, s in streams.items() if s.tokens == "features" and n in self.graph.owner}
+        self.features = ModuleDict({n: mlp(size, widths[n], streams[n].encoder) for n, size in given.items() if size is not None})
+        said = {n: s.vocabulary for n, s in streams.items() if s.vocabulary is not None}
+        self.words = ModuleDict({n: nn.Embedding(size, widths[n]) for n, size in said.items()})
+        spoken = [n for n, h in spec.heads.items() if isinstance(h, WordHead)]
+        self.speech = ModuleDict({n: nn.Linear(widths[n], said[n], bias=False) for n in spoken})
+        for n in said:
+            nn.init.normal_(self.words[n].weight, std=0.02)
         learned = {n: torch.randn(streams[n].length, widths[n]) * 0.02 for n in kinds["queries"] if n not in spec.heads}
         self.registers = nn.ParameterDict(learned)
         for name, config in spec.experts.items():
@@ -152,7 +168,7 @@ class Model(nn.Module):
 
     def presence(self, inputs: Inputs) -> dict[str, Tensor | None]:
         """Stream -> which of its tokens are there; None where all are."""
-        out: dict[str, Tensor | None] = {n: inputs.present for n, s in self.spec.streams.items() if s.tokens == "prompt"}
+        out: dict[str, Tensor | None] = {n: inputs.present for n, s in self.spec.streams.items() if s.tokens in ("prompt", "words")}
         out |= {n: present for n, (_, present) in inputs.features.items()}
         for name, rows in inputs.dropped.items():
             here, length = out.get(name), self.spec.streams[name].length
@@ -191,7 +207,7 @@ class Model(nn.Module):
         return hidden
 
     def observe(self, inputs: Inputs, cache: Cache | None = None, mode: str | None = None) -> tuple[dict[str, KV], dict[str, Tensor]]:
-        """Run every phase before the first denoise phase, once per observation.
+        """Run every phase before the first that generates, once per observation.
 
         Args:
             cache: streams already computed (frozen prefixes kept from before); they are not run again.
@@ -202,7 +218,7 @@ class Model(nn.Module):
         kept: dict[str, KV] = self.contexts(inputs) | dict(cache or {})
         foresight: dict[str, Tensor] = {}
         for name, phase in self.graph.schedule(mode).items():
-            if phase.kind == "denoise":
+            if phase.kind in GENERATES:
                 break
             kv, seen = self.fill(name, inputs, kept, mode)
             kept |= kv
@@ -226,12 +242,19 @@ class Model(nn.Module):
         return {n: self.codec(n).velocity(hidden[n]) for n in flows}
 
     def joint(self, inputs: Inputs, noisy: Mapping[str, Noisy], cache: Cache | None = None) -> dict[str, Tensor]:
-        """One forward over all streams that are not in ``cache``: what each head predicts, velocities or patches."""
+        """One forward over all streams that are not in ``cache``: what each head predicts (``answer``)."""
         heads = [n for n in self.spec.heads if n not in (cache or {})]
         inputs = self.see(inputs, list(self.graph.owner))
         hidden = self.run(inputs, noisy, cache, heads)
-        regressed = {n: self.foresight[n].predict(hidden[n], inputs.latents) for n in heads if n not in noisy}
-        return regressed | {n: self.codec(n).velocity(hidden[n]) for n in heads if n in noisy}
+        return {n: self.answer(n, hidden[n], inputs) for n in heads}
+
+    def answer(self, head: str, hidden: Tensor, inputs: Inputs) -> Tensor:
+        """What a head makes of final hidden states: a velocity (B, T, X), patches (B, T, P), or scores of words (B, T, Z)."""
+        if head in self.speech:
+            return self.speech[head](hidden)
+        if head in self.spec.flows:
+            return self.codec(head).velocity(hidden)
+        return self.foresight[head].predict(hidden, inputs.latents)
 
     def losses(
         self, inputs: Inputs, targets: Targets, noise: Mapping[str, Tensor], time: Mapping[str, Tensor], cache: Cache | None = None
@@ -241,7 +264,7 @@ class Model(nn.Module):
         Args:
             noise: flow -> standard normal like its data; time: flow -> (B, T). Chunk steps at t = 1 are given and not scored.
         """
-        data = {n: self.data(n, targets) for n in self.spec.heads}
+        data = {n: self.data(n, targets) for n in self.spec.heads if n not in self.speech}
         noisy = {n: Noisy(interpolate(noise[n], data[n], time[n]), time[n]) for n in self.spec.flows}
         predicted = self.joint(replace(inputs, clean={n: data[n] for n in noisy} | dict(inputs.clean)), noisy, cache)
         terms = {}
@@ -250,11 +273,20 @@ class Model(nn.Module):
                 counted = time[name] < 1
                 counted = counted & targets.mask if isinstance(head, FlowHead) else counted
                 kind = head.loss if isinstance(head, FlowHead) else "l2"
-                terms[name] = flow_loss(predicted[name], data[name] - noise[name], counted, time[name], head, kind)
-            else:
+                terms[name] = flow_loss(predicted[name], data[name] - noise[name], counted, time[name], self.spec.flow(name), kind)
+            elif name in data:
                 terms[name] = F.mse_loss(predicted[name], data[name])
+            else:
+                terms[name] = self._next_words(predicted[name], inputs)
         total = sum((self.spec.heads[n].weight * term for n, term in terms.items()), torch.zeros((), device=targets.actions.device))
         return {"loss": total} | terms
+
+    def _next_words(self, scores: Float[Tensor, "B T Z"], inputs: Inputs) -> Float[Tensor, ""]:
+        """Cross-entropy of each present word given what comes before it."""
+        assert inputs.ids is not None, "the loss on words needs their ids"
+        here = torch.ones_like(inputs.ids, dtype=torch.bool) if inputs.present is None else inputs.present
+        ids = torch.where(here, inputs.ids, -100)
+        return F.cross_entropy(scores[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100)
 
     def data(self, head: str, targets: Targets) -> Tensor:
         """What a head's predictions end in: the chunk (B, C, A), or the patches (B, T, P) of the future frames."""
@@ -272,7 +304,13 @@ class Model(nn.Module):
 
     @property
     def action_stream(self) -> str:
-        """The stream with the flow head."""
+        """The stream of actions.
+
+        Raises:
+            UserError: the spec has none.
+        """
+        if not self.actions:
+            raise UserError(f"{self.spec.name} has no stream of actions, so it is no policy; give one of its streams a flow head")
         return next(iter(self.actions))
 
     def noise(self, batch: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -336,6 +374,12 @@ class Model(nn.Module):
             case "state":
                 assert inputs.state is not None, f"stream {name} needs the state"
                 return self.states[name](inputs.state)
+            case "words":
+                assert inputs.ids is not None, f"stream {name} needs ids"
+                return self.words[name](inputs.ids)
+            case "features":
+                assert name in inputs.features, f"stream {name} needs its features"
+                return self.features[name](inputs.features[name][0])
             case "queries" if name in self.registers:
                 return self.registers[name][None].expand(batch, -1, -1)
             case "hidden":
@@ -391,9 +435,8 @@ def _source(name: str, spec: Spec, graph: Graph, experts: Mapping[str, Expert]) 
     read = {col for (row, col), edge in graph.edges.items() if edge.via == "hidden" and graph.owner[row] == name}
     widths = {}
     for col in sorted(read):
-        config = spec.experts.get(spec.streams[col].expert or "")
-        width = spec.streams[col].width or (config.width if isinstance(config, DecoderExpert) else experts[graph.owner[col]].width)
-        widths[col] = width
+        config = spec.experts[graph.owner[col]] if col in graph.owner else spec.streams[col]
+        widths[col] = experts[graph.owner[col]].width if isinstance(config, PretrainedExpert) else config.width
     if len(set(widths.values())) > 1:
         raise UserError(
             f"{spec.name}: expert '{name}' reads hidden states of different widths ({', '.join(f'{c} {w}' for c, w in widths.items())})"
@@ -404,7 +447,7 @@ def _source(name: str, spec: Spec, graph: Graph, experts: Mapping[str, Expert]) 
 def _batch(inputs: Inputs, noisy: Mapping[str, Noisy], cache: Cache) -> tuple[int, torch.device]:
     """Rows and device of whatever is there."""
     held = [kv.keys[0] if kv.keys else kv.hidden for kv in cache.values()]
-    given = [*(n.x for n in noisy.values()), inputs.state, inputs.ids, inputs.latents, *held]
+    given = [*(n.x for n in noisy.values()), inputs.state, inputs.ids, inputs.latents, *(x for x, _ in inputs.features.values()), *held]
     first = next(t for t in given if t is not None)
     return first.shape[0], first.device
 

@@ -49,7 +49,7 @@ def probe(model: Model, batch: int = 2, seed: int = 0) -> Probe:
     size = _image_size(model)
     ids, present = _prompt(model, batch, size, rng)
     images = torch.randint(0, 256, (batch, len(spec.cameras), 3, size, size), generator=rng, dtype=torch.uint8)
-    actions = streams[model.action_stream].length, model.codec(model.action_stream).out.out_features
+    actions = next(((streams[n].length, codec.out.out_features) for n, codec in model.actions.items()), (1, 1))
     state = torch.randn(batch, spec.state_dim, generator=rng)
     targets = Targets(torch.randn(batch, *actions, generator=rng), torch.ones(batch, actions[0], dtype=torch.bool), images)
     time = {n: draw_times((batch, 1), Flow(time_distribution="uniform"), rng).expand(batch, streams[n].length) for n in spec.flows}
@@ -61,7 +61,7 @@ def probe(model: Model, batch: int = 2, seed: int = 0) -> Probe:
             targets = replace(targets, future=torch.randn(batch, streams[name].length, patches, generator=rng))
             seen = next((s.length for s in streams.values() if s.tokens == "present" and s.of == name), streams[name].length)
             latents = torch.randn(batch, seen, patches, generator=rng)
-    features = {n: _features(streams[n], batch, rng) for n in model.graph.contexts if streams[n].tokens == "features"}
+    features = {n: _features(s, batch, rng) for n, s in streams.items() if s.tokens == "features"}
     clean = {s.of: targets.actions if s.of in model.actions else noise[s.of] for s in streams.values() if s.tokens == "clean" and s.of}
     return Probe(Inputs(images, ids, present, state, latents, features, clean), targets, noise, time)
 
@@ -76,8 +76,7 @@ def gradient_probe(model: Model, tokens_per_stream: int = 3) -> list[str]:
     inputs = replace(data.inputs, present=None)
     features = {n: (x, None) for n, (x, _) in inputs.features.items()}
     inputs = replace(inputs, features=features)
-    widths = {n: s.width or model.mot.experts[model.graph.owner[n]].width for n, s in model.spec.streams.items()}
-    leaves = {n: torch.zeros(1, model.spec.streams[n].length, width, requires_grad=True) for n, width in widths.items()}
+    leaves = {n: torch.zeros(1, model.spec.streams[n].length, width, requires_grad=True) for n, width in model.widths.items()}
     hidden = model.run(inputs, data.noisy, moved=leaves)
     by_gradient, by_value = (model.graph.reaches(model.mot.steps, gradient) for gradient in (True, False))
     starts = _starts(model.graph)
@@ -254,7 +253,7 @@ def _prompt(model: Model, batch: int, size: int, rng: torch.Generator) -> tuple[
     """Random prompt ids with the image tokens of all views in front, a word after each, and their presence (the second row is shorter)."""
     name = next((n for n, s in model.spec.streams.items() if s.tokens == "prompt"), None)
     if name is None:
-        return None, None
+        return _words(model, batch, rng)
     stream, vlm = model.spec.streams[name], model.vlm(name)
     rows, columns = vlm.grid((size, size))
     views = (rows * columns + 1) * len(model.spec.cameras)
@@ -265,6 +264,16 @@ def _prompt(model: Model, batch: int, size: int, rng: torch.Generator) -> tuple[
     present = torch.ones(batch, stream.length, dtype=torch.bool)
     present[1:, -((stream.length - views) // 2) :] = False
     return torch.where(is_image, vlm.image_token, ids), present
+
+
+def _words(model: Model, batch: int, rng: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
+    """Random ids of the stream of words, if there is one, and their presence (the second row is shorter)."""
+    stream = next((s for s in model.spec.streams.values() if s.vocabulary is not None), None)
+    if stream is None or stream.vocabulary is None:
+        return None, None
+    present = torch.ones(batch, stream.length, dtype=torch.bool)
+    present[1:, -2:] = False
+    return torch.randint(0, stream.vocabulary, (batch, stream.length), generator=rng), present
 
 
 def _features(stream: Stream, batch: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:

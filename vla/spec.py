@@ -5,7 +5,8 @@ which, heads turn hidden states into losses and outputs. Everything else (mask, 
 derived from the edges in ``graph.py``.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from math import pi, prod
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +17,7 @@ from ..config import Strict, find, load_tree, parse
 from ..errors import UserError
 
 Relation = Literal["full", "causal", "block_causal", "own_block"]
-PhaseKind = Literal["prefill", "regress", "denoise"]
+PhaseKind = Literal["prefill", "ar", "regress", "denoise"]
 
 
 class Space(Strict):
@@ -108,8 +109,8 @@ class DecoderExpert(Strict):
 
     ``space``: its own attention space, where it meets no other expert in keys. ``norm``: RMS with a weight, layer norm with weight
     and bias, or without. ``qk_norm``: of each head, of the ``whole`` projection, or none. ``activation``: of the FFN, ``gated``
-    (SwiGLU, Gemma's GeGLU) or not. ``bias``: of all projections, or of the FFN's alone. ``axes``: rotary channels per axis of its positions, by default all of one; an empty list turns
-    nothing.
+    (SwiGLU, Gemma's GeGLU) or not. ``bias``: of all projections, or of the FFN's alone. ``axes``: rotary channels per axis of its
+    positions, by default all of one; an empty list turns nothing.
     ``time``: how the flow time enters its layers: scale, shift and gate of each norm (``adaptive_norm``), scale and shift of the
     attention's alone (``attention_norm``, GR00T), or of a table in each layer plus one projection for all (``adaln``, Wan).
     ``time_of``: what its time embedding is a function of; weights trained with noise at t = 1 say ``1-t``.
@@ -160,25 +161,27 @@ class Stream(Strict):
     """An ordered group of tokens.
 
     ``expert``: who processes it; none for a context of ``width`` channels, which others read through edges ``via: hidden``.
-    ``tokens``: ``prompt`` (images and text through the VLM's own embedding), ``features`` (a context as it is given), ``state`` (one
-    token of proprioception), ``actions`` (one noisy token per chunk step), ``queries`` (learned; registers where no head reads
-    them), ``latents`` (learned, and the present frames in the latents of the foresight head), ``frames`` (noisy latents of the frames
-    to come). Three are made ``of`` another stream: ``present``, the present frames encoded as that stream's frames are; ``clean``, that
+    ``tokens``: ``prompt`` (images and text through the VLM's own embedding), ``words`` (ids of a ``vocabulary``, embedded here),
+    ``features`` (of ``width`` channels, as they are given; through the encoder where an expert processes them), ``state`` (one token
+    of proprioception), ``actions`` (one noisy token per chunk step), ``queries`` (learned; registers where no head reads them),
+    ``latents`` (learned, and the present frames in the latents of the foresight head), ``frames`` (noisy latents of the frames to
+    come). Three are made ``of`` another stream: ``present``, the present frames encoded as that stream's frames are; ``clean``, that
     stream's data without noise (the target in training, its result in inference); ``hidden``, its final hidden states.
     ``length`` is the token count; the prompt's is its padded length. ``encoder``: how states, actions and hidden states become
-    tokens; ``table`` adds sines of their place to them, counted from its value. ``scale``: what a prompt's embeddings are multiplied by. ``block`` is the
-    block size of ``block_causal`` and ``own_block`` relations. ``time_of``: the flow stream whose time its tokens carry; without, they
-    are clean (t = 1).
+    tokens; ``table`` adds sines of their place to them, counted from its value. ``scale``: what a prompt's embeddings are multiplied
+    by. ``block`` is the block size of ``block_causal`` and ``own_block`` relations. ``time_of``: the flow stream whose time its
+    tokens carry; without, they are clean (t = 1).
     ``positions``: ``continue`` counts on after all earlier streams (absent tokens are skipped), ``restart`` begins at ``start``.
     ``ids``: one per ``token``, or ``one`` for all of a piece (BAGEL's images). ``advances``: whether later streams count on from
     it (a noisy copy does not). ``grid``: frames, rows and columns, for positions of three axes.
     """
 
     expert: str | None = None
-    tokens: Literal["prompt", "features", "state", "actions", "queries", "latents", "frames", "present", "clean", "hidden"]
+    tokens: Literal["prompt", "words", "features", "state", "actions", "queries", "latents", "frames", "present", "clean", "hidden"]
     length: PositiveInt
     of: str | None = None
     width: PositiveInt | None = None
+    vocabulary: PositiveInt | None = None
     encoder: Literal["mlp", "mlp3", "linear"] = "mlp"
     table: NonNegativeInt | None = None
     scale: Literal["one", "sqrt_width"] = "one"
@@ -192,12 +195,12 @@ class Stream(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Stream":
-        if (self.expert is None) != (self.width is not None):
-            raise ValueError("width is given for a context, and only there: a stream without an expert")
+        if (self.expert is None or self.tokens == "features") != (self.width is not None):
+            raise ValueError("width is that of features and of a context (a stream without an expert), and only theirs")
+        if (self.tokens == "words") != (self.vocabulary is not None):
+            raise ValueError("vocabulary is the number of ids of a stream of words, and only theirs")
         if self.expert is None and self.tokens not in ("features", "state"):
             raise ValueError(f"a context holds features or state, not {self.tokens}; name the expert that processes it")
-        if self.expert is not None and self.tokens == "features":
-            raise ValueError("features are a context: set expert to null and width to theirs")
         if (self.tokens in ("present", "clean", "hidden")) != (self.of is not None):
             raise ValueError("of names the stream that tokens of kind present, clean or hidden are made of, and only theirs")
         if self.grid is not None and prod(self.grid) != self.length:
@@ -212,6 +215,14 @@ class Piece(Strict):
 
     stream: str
     length: PositiveInt
+
+
+class Run(Strict):
+    """Pieces that follow each other several ``times``; ``block``: all of them together are one block."""
+
+    times: PositiveInt
+    pieces: tuple["Piece | Run", ...]
+    block: bool = False
 
 
 class Edge(Strict):
@@ -281,7 +292,14 @@ class LatentHead(Flow):
         return self
 
 
-Head = Annotated[FlowHead | LatentHead, Field(discriminator="kind")]
+class WordHead(Strict):
+    """The next word of a stream of words: cross-entropy in training, the likeliest in an ``ar`` phase."""
+
+    kind: Literal["words"] = "words"
+    weight: float = 1.0
+
+
+Head = Annotated[FlowHead | LatentHead | WordHead, Field(discriminator="kind")]
 
 
 class Guidance(Strict):
@@ -324,7 +342,8 @@ Schedule = dict[str, Phase]
 class Spec(Strict):
     """A whole model. See ``configs/model/`` for the systems that are written in it.
 
-    ``sequence``: streams that stand interleaved, piece by piece; there ``causal`` means earlier in the sequence, and a piece is a block.
+    ``sequence``: streams that stand interleaved, piece by piece; there ``causal`` means earlier in the sequence, and a piece, or a run
+    that says so, is a block.
     ``schedule``: the phases of inference, derived from the edges where it is not given. ``modes``: other schedules of the same
     weights.
     """
@@ -339,7 +358,7 @@ class Spec(Strict):
     state_dim: PositiveInt
     cameras: tuple[str, ...]
     couple: dict[str, Coupling] = {}
-    sequence: tuple[Piece, ...] = ()
+    sequence: tuple[Piece | Run, ...] = ()
     schedule: Schedule | None = None
     modes: dict[str, Schedule] = {}
 
@@ -362,7 +381,7 @@ class Spec(Strict):
                 if sum(expert.axes) != head_dim:
                     raise ValueError(f"experts.{name}.axes has {sum(expert.axes)} channels, the space's head_dim is {head_dim}")
         lengths: dict[str, int] = {}
-        for piece in self.sequence:
+        for piece, _ in self.pieces:
             _known(piece.stream, self.streams, "sequence", "stream")
             lengths[piece.stream] = lengths.get(piece.stream, 0) + piece.length
         for name, length in lengths.items():
@@ -400,17 +419,28 @@ class Spec(Strict):
         if stream.tokens == "actions" and name not in self.heads:
             raise ValueError(f"streams.{name} holds actions, which a flow head denoises: add heads.{name}")
 
-    def _check_head(self, name: str, head: FlowHead | LatentHead) -> None:
+    def _check_head(self, name: str, head: FlowHead | LatentHead | WordHead) -> None:
         stream = self.streams[name]
-        needed = ("actions",) if isinstance(head, FlowHead) else ("queries", "latents", "frames")
+        needed = {"flow": ("actions",), "latent": ("queries", "latents", "frames"), "words": ("words",)}[head.kind]
         if stream.tokens not in needed:
             wanted = " or ".join(f"'{tokens}'" for tokens in needed)
             raise ValueError(f"heads.{name} is a {head.kind} head, so streams.{name}.tokens must be {wanted}, not '{stream.tokens}'")
 
     @property
+    def pieces(self) -> list[tuple[Piece, int]]:
+        """The interleaved sequence piece by piece, each with the number of its block."""
+        return _unrolled(self.sequence, itertools.count())
+
+    @property
     def flows(self) -> tuple[str, ...]:
         """Streams that are denoised."""
         return tuple(name for name, stream in self.streams.items() if stream.tokens in ("actions", "frames"))
+
+    def flow(self, name: str) -> FlowHead | LatentHead:
+        """The head of a stream that is denoised."""
+        head = self.heads[name]
+        assert name in self.flows and not isinstance(head, WordHead), f"stream {name} is no flow"
+        return head
 
     def edge(self, row: str, col: str) -> Edge | None:
         """The edge by which ``row`` reads ``col``, or None."""
@@ -440,6 +470,18 @@ def load_spec(name: str, overrides: list[str] | None = None) -> Spec:
     """
     path: Path = find(name, "model")
     return parse(Spec, load_tree(path, overrides), path)
+
+
+def _unrolled(items: Sequence[Piece | Run], blocks: Iterator[int], block: int | None = None) -> list[tuple[Piece, int]]:
+    out: list[tuple[Piece, int]] = []
+    for item in items:
+        if isinstance(item, Piece):
+            out.append((item, next(blocks) if block is None else block))
+            continue
+        inner = next(blocks) if item.block and block is None else block
+        for _ in range(item.times):
+            out += _unrolled(item.pieces, blocks, inner)
+    return out
 
 
 def _known(name: str, table: Mapping[str, object], where: str, what: str) -> None:

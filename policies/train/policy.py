@@ -172,7 +172,7 @@ class PolicyTask:
         noise: dict[str, Tensor] = {}
         time: dict[str, Tensor] = {}
         for name in self.spec.flows:
-            head = self.spec.heads[name]
+            head = self.spec.flow(name)
             noise[name] = torch.randn_like(self.module.data(name, targets))
             rows, length = noise[name].shape[:2]
             drawn = draw_times((rows, 1), head).to(targets.actions.device).expand(rows, length)

@@ -35,13 +35,15 @@ class FlowCodec(nn.Module):
         super().__init__()
         self.width, self.time_of, self.features = width, time_of, features
         self.into = nn.Linear(size, width)
-        last, inner = nn.Linear(width, width), width if time_of is None else width + (features.width or width)
-        between = {
-            "linear": (),
-            "mlp": (nn.Linear(inner, width), nn.SiLU(), last),
-            "mlp3": (nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last),
-        }
-        self.mix = nn.Sequential(*between[encoder])
+        inner = width if time_of is None else width + (features.width or width)
+        self.mix: nn.Sequential
+        match encoder:
+            case "mlp":
+                self.mix = nn.Sequential(nn.Linear(inner, width), nn.SiLU(), nn.Linear(width, width))
+            case "mlp3":
+                self.mix = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            case _:
+                self.mix = nn.Sequential()
         self.out = nn.Linear(width, size)
 
     def encode(self, noisy: Float[Tensor, "B T X"], time: Float[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
