@@ -23,13 +23,13 @@ class Inputs:
     """What the streams are made of. A field is needed only where a live stream is made of it.
 
     Attributes:
-        images: (B, V, 3, Y, X) uint8, views in the spec's camera order.
+        images: (B, V, 3, Y, X), uint8 or float from 0 to 255, views in the spec's camera order.
         ids: prompt token ids (B, T); present: (B, T) bool, False on padding.
         state: normalised proprioception (B, S).
         latents: patches (B, T, P) of the present frames, where foresight needs them; encoded from ``images`` where absent.
     """
 
-    images: UInt8[Tensor, "B V 3 Y X"] | None = None
+    images: UInt8[Tensor, "B V 3 Y X"] | Float[Tensor, "B V 3 Y X"] | None = None
     ids: Int[Tensor, "B T"] | None = None
     present: Bool[Tensor, "B T"] | None = None
     state: Float[Tensor, "B S"] | None = None
