@@ -104,7 +104,7 @@ class TriunePolicy(Policy):
         """The picture of one camera, (3, Y, X) from 0 to 255; black where it is absent."""
         known = next(c for c in self.contract.cameras if c.name == camera)
         image = observation.images.get(camera, np.zeros((known.height or 1, known.width or 1, 3), np.uint8))
-        pixels = torch.from_numpy(image).permute(2, 0, 1)
+        pixels = torch.tensor(image).permute(2, 0, 1)
         return pixels if self.settings.resize is None else self.settings.resize(pixels)
 
     def _text(self, observation: Observation, state: np.ndarray) -> str:

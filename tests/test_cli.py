@@ -30,6 +30,7 @@ VERBS = (
     ("model", "show"),
     ("model", "check"),
     ("model", "score"),
+    ("model", "convert"),
 )
 Run = Callable[..., tuple[int, str, str]]
 
