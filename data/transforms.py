@@ -84,11 +84,13 @@ class Affine(Strict):
 
     def normalise(self, values: np.ndarray) -> np.ndarray:
         """Physical units to network units, float32 (..., D)."""
-        return (values.astype(np.float32) - np.float32(self.shift)) / np.float32(self.scale) + np.float32(self.bias)
+        shift, scale = np.array(self.shift, np.float32), np.array(self.scale, np.float32)
+        return (values.astype(np.float32) - shift) / scale + np.float32(self.bias)
 
     def unnormalise(self, values: np.ndarray) -> np.ndarray:
         """Network units to physical units, float32 (..., D)."""
-        return (values.astype(np.float32) - np.float32(self.bias)) * np.float32(self.scale) + np.float32(self.shift)
+        shift, scale = np.array(self.shift, np.float32), np.array(self.scale, np.float32)
+        return (values.astype(np.float32) - np.float32(self.bias)) * scale + shift
 
 
 SMALLEST_SCALE = 1e-4

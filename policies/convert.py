@@ -9,10 +9,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -55,8 +56,35 @@ STATE = (
 PROMPTS = {"pi0_new_line_processor": LINE, "smolvla_new_line_processor": LINE, "pi05_prepare_state_tokenizer_processor_step": STATE}
 """Step that writes the prompt -> its template, and how words get into it."""
 KNOWN = {"to_batch_processor", "device_processor", "rename_observations_processor"}
+TEXT = "Task: stack_it, State: -1 0 255;\nAction: "  # a tokenizer must say the same of it after saving
 NEEDED = {"policy_preprocessor": ("tokenizer_processor", "normalizer_processor"), "policy_postprocessor": ("unnormalizer_processor",)}
 STILL = ("relative_actions_processor", "absolute_actions_processor")  # only where they are switched off
+
+
+class Feature(BaseModel):
+    """An entry of ``input_features`` or ``output_features``."""
+
+    type: str
+    shape: tuple[int, ...]
+
+
+class Released(BaseModel):
+    """What matters here of lerobot's ``config.json``; what is left out there has lerobot's own value."""
+
+    type: Literal["pi0", "pi05", "smolvla"]
+    input_features: dict[str, Feature]
+    output_features: dict[str, Feature]
+    chunk_size: PositiveInt = 50
+    n_action_steps: PositiveInt = 50
+    max_state_dim: PositiveInt = 32
+    max_action_dim: PositiveInt = 32
+    image_resolution: tuple[PositiveInt, PositiveInt] = (224, 224)
+    resize_imgs_with_padding: tuple[PositiveInt, PositiveInt] | None = (512, 512)
+    num_inference_steps: PositiveInt = 10
+    num_steps: PositiveInt = 10
+    action_feature_names: list[str] | None = None
+    vlm_model_name: str | None = None
+    repo_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,27 +110,30 @@ def convert(source: Path, out: Path, tokenizer: Path | None = None) -> Contract:
     """
     if out.exists():
         raise UserError(f"{out} is there already; give a new folder, or remove it first")
-    config = _json(source / "config.json")
-    layout = LAYOUTS.get(str(config.get("type")))
-    if layout is None:
-        raise UserError(f"{source / 'config.json'} is of type '{config.get('type')}'; {', '.join(LAYOUTS)} can be converted")
+    tree = _json(source / "config.json")
+    config = parse(Released, tree, source / "config.json")
     for key, value in ALONE.items():
-        if config.get(key, value) != value:
-            raise UserError(f"{source / 'config.json'} sets {key} to {config[key]!r}; only policies with {value!r} can be converted")
+        if tree.get(key, value) != value:
+            raise UserError(f"{source / 'config.json'} sets {key} to {tree[key]!r}; only policies with {value!r} can be converted")
+    layout = LAYOUTS[config.type]
     before, after = _steps(source, "policy_preprocessor"), _steps(source, "policy_postprocessor")
-    contract, settings = _contract(source, config, before)
-    statistics = {
-        "observation.state": _affine(source, before["normalizer_processor"], "observation.state", contract.state.size),
-        "action": _affine(source, after["unnormalizer_processor"], "action", contract.action.size),
-    }
-    size = settings.resize
-    assert size is not None
+    state, felt = _vector(source, config, before["normalizer_processor"], "observation.state")
+    action, done = _vector(source, config, after["unnormalizer_processor"], "action")
+    contract = Contract(
+        cameras=_cameras(source, config, before),
+        state=state,
+        action=action,
+        chunk=config.chunk_size,
+        executed=config.n_action_steps,
+        prompt=next((PROMPTS[step][0] for step in before if step in PROMPTS), "{instruction}"),
+    )
+    resize = _resize(source, config)
     text = before["tokenizer_processor"].config
-    words = _tokenizer(source, text.get("tokenizer_name") or config.get("vlm_model_name"), tokenizer)
+    words = _tokenizer(source, text.get("tokenizer_name") or config.vlm_model_name, tokenizer)
     shapes, tensors = _tensors(source / "model.safetensors", layout)
     vlm = vlm_config(layout, shapes)
-    changes = spec_changes(layout, shapes, vlm, (size.height, size.width), text["max_length"], len(contract.cameras))
-    spec = _spec(layout, changes, config, contract)
+    changes = spec_changes(layout, shapes, vlm, (resize.height, resize.width), text.get("max_length", 512), len(contract.cameras))
+    spec = _spec(layout, changes, config, contract.camera_names)
     with atomic_folder(out) as folder:
         (folder / VLM).mkdir()
         (folder / VLM / "config.json").write_text(json.dumps(vlm, indent=2))
@@ -115,14 +146,16 @@ def convert(source: Path, out: Path, tokenizer: Path | None = None) -> Contract:
             folder,
             spec=dump(spec),
             contract=contract,
-            statistics={key: entry.model_dump(mode="json") for key, entry in statistics.items()},
+            statistics={"observation.state": felt.model_dump(mode="json"), "action": done.model_dump(mode="json")},
             weights=weights,
             references={"und": Reference(kind="vlm", ref=f"path:{VLM}", sha256=digest(folder / VLM))},
-            settings=settings.model_dump(mode="json"),
+            settings=Settings(resize=resize, words=_words(source, before)).model_dump(mode="json"),
             source=_origin(source, config),
         )
         policy = from_checkpoint(read_checkpoint(folder))
-        write_golden(folder, policy, _observations(contract, statistics["observation.state"]))
+        if policy.prompts([TEXT], 0)[0][0].tolist()[: len(ids := words(TEXT)["input_ids"])] != ids:
+            raise UserError(f"the tokenizer {words.name_or_path} gives other tokens once it is saved; give another as --tokenizer FOLDER")
+        write_golden(folder, policy, _observations(contract, felt))
     return contract
 
 
@@ -161,68 +194,65 @@ def _steps(source: Path, name: str) -> dict[str, Step]:
     return found
 
 
-def _contract(source: Path, config: dict[str, Any], steps: dict[str, Step]) -> tuple[Contract, Settings]:
-    """What the policy sees and answers, and how that becomes its inputs. lerobot does without any camera but the last."""
-    features: dict[str, Any] = config["input_features"] | config["output_features"]
-    renamed = {new: old for old, new in steps.get("rename_observations_processor", Step({}, {})).config.get("rename_map", {}).items()}
-    seen = [key for key, feature in features.items() if feature["type"] == "VISUAL"]
-    normaliser = steps["normalizer_processor"]
+def _cameras(source: Path, config: Released, steps: dict[str, Step]) -> tuple[Camera, ...]:
+    """In lerobot's order and under the names that observations have; it does without any of them but the last that is left."""
+    normaliser, renaming = steps["normalizer_processor"], steps.get("rename_observations_processor", Step({}, {}))
+    outer = {new: old for old, new in renaming.config.get("rename_map", {}).items()}
+    seen = [key for key, feature in config.input_features.items() if feature.type == "VISUAL"]
     scaled = [key for key in seen if any(name.startswith(f"{key}.") for name in normaliser.state)]
-    if scaled and normaliser.config["norm_map"].get("VISUAL", "IDENTITY") != "IDENTITY":
+    if not seen:
+        raise UserError(f"{source / 'config.json'} names no camera in input_features; only policies that see can be converted")
+    if scaled and normaliser.config.get("norm_map", {}).get("VISUAL", "IDENTITY") != "IDENTITY":
         raise UserError(f"{source / 'policy_preprocessor.json'} normalises {scaled[0]} by statistics; only plain images can be converted")
-    names = [renamed.get(key, key).removeprefix("observation.").removeprefix("images.") for key in seen]
-    template, words = next((PROMPTS[step] for step in steps if step in PROMPTS), ("{instruction}", Words()))
+    names = [outer.get(key, key).removeprefix("observation.").removeprefix("images.") for key in seen]
+    return tuple(Camera(name=name, flip=None, optional=True) for name in names)
+
+
+def _resize(source: Path, config: Released) -> Resize:
+    if config.type != "smolvla":
+        return Resize(height=config.image_resolution[0], width=config.image_resolution[1], at="centre")
+    if config.resize_imgs_with_padding is None:
+        raise UserError(f"{source / 'config.json'} takes images as they are; set resize_imgs_with_padding to [width, height]")
+    return Resize(height=config.resize_imgs_with_padding[1], width=config.resize_imgs_with_padding[0], at="bottom_right")
+
+
+def _words(source: Path, steps: dict[str, Step]) -> Words:
     text = steps["tokenizer_processor"].config
     if text.get("padding_side", "right") != "right":
         raise UserError(f"{source / 'policy_preprocessor.json'} pads texts on the left; only padding on the right can be converted")
-    if "image_resolution" in config:
-        resize = Resize(height=config["image_resolution"][0], width=config["image_resolution"][1], at="centre")
-    elif config.get("resize_imgs_with_padding"):  # (width, height)
-        resize = Resize(height=config["resize_imgs_with_padding"][1], width=config["resize_imgs_with_padding"][0], at="bottom_right")
-    else:
-        raise UserError(f"{source / 'config.json'} takes images as they are; set resize_imgs_with_padding to their size")
-
-    def vector(key: str, names: list[str] | None, most: str) -> Vector:
-        size = int(features[key]["shape"][0]) if key in features else config[most]
-        if size > config[most]:
-            raise UserError(
-                f"{source / 'config.json'}: {key} has {size} dimensions and {most} is {config[most]}; correct the one or the other"
-            )
-        names = names if names and len(names) == size else [f"{key.rpartition('.')[2]}_{i}" for i in range(size)]
-        kind = normaliser.config["norm_map"].get("ACTION" if key == "action" else "STATE", "IDENTITY")
-        return Vector(names=tuple(names), normalisation=KINDS.get(kind))
-
-    contract = Contract(
-        cameras=tuple(Camera(name=name, flip=None, optional=True) for name in names),
-        state=vector("observation.state", None, "max_state_dim"),
-        action=vector("action", config.get("action_feature_names"), "max_action_dim"),
-        chunk=config["chunk_size"],
-        executed=config["n_action_steps"],
-        prompt=template,
-    )
-    return contract, Settings(resize=resize, words=words.model_copy(update={"truncate": text.get("truncation", True)}))
+    words = next((PROMPTS[step][1] for step in steps if step in PROMPTS), Words())
+    return words.model_copy(update={"truncate": text.get("truncation", True)})
 
 
-def _affine(source: Path, step: Step, key: str, size: int) -> Affine:
-    """A step's normalisation of ``key``: as it makes states, or as it undoes actions.
+def _vector(source: Path, config: Released, step: Step, key: str) -> tuple[Vector, Affine]:
+    """The dimensions of ``key``, and its normalisation: as a step makes states, or as it undoes actions.
 
     lerobot divides by std + eps and multiplies by std, and takes eps for the width of a range without any.
     """
-    config, found = step.config, {name.rpartition(".")[2]: row for name, row in step.state.items() if name.rpartition(".")[0] == key}
-    mode = config["norm_map"].get("ACTION" if key == "action" else "STATE", "IDENTITY")
-    keys = config.get("normalize_observation_keys")
-    if mode == "IDENTITY" or not found or (key != "action" and (key not in config["features"] or (keys and key not in keys))):
-        return Affine(shift=(0.0,) * size, scale=(1.0,) * size)
+    acts = key == "action"
+    feature, most = (config.input_features | config.output_features).get(key), config.max_action_dim if acts else config.max_state_dim
+    size = feature.shape[0] if feature else most
+    if size > most:
+        raise UserError(f"{source / 'config.json'}: {key} has {size} dimensions, the network {most}; correct the one or the other")
+    names = config.action_feature_names if acts else None
+    names = names if names and len(names) == size else [f"{key.rpartition('.')[2]}_{i}" for i in range(size)]
+    found = {name.removeprefix(f"{key}."): row for name, row in step.state.items() if name.startswith(f"{key}.")}
+    mode = step.config.get("norm_map", {}).get("ACTION" if acts else "STATE", "IDENTITY")
+    meant = acts or key in (step.config.get("normalize_observation_keys") or step.config.get("features", {}))
+    if mode == "IDENTITY" or not found or not meant:
+        return Vector(names=tuple(names), normalisation="none"), Affine(shift=(0.0,) * size, scale=(1.0,) * size)
     missing = [name for name in STATISTICS[mode] if name not in found or found[name].shape != (size,)]
     if missing:
-        raise UserError(f"{source}: the processor has no {missing[0]} of {size} numbers for {key}, which {mode} needs; save it anew")
+        raise UserError(f"{source}: a processor has no {missing[0]} of {size} numbers for {key}, which {mode} needs; save it anew")
     low, high = (found[name].float() for name in STATISTICS[mode])
+    eps = step.config.get("eps", 1e-8)
     if mode == "MEAN_STD":
-        shift, scale, bias = low, high if key == "action" else high + config["eps"], 0.0
+        scale, bias = high if acts else high + eps, 0.0
     else:
         width = high - low
-        shift, scale, bias = low, torch.where(width == 0, torch.tensor(config["eps"]), width) / 2, -1.0
-    return Affine(shift=tuple(shift.tolist()), scale=tuple(scale.tolist()), bias=bias)
+        scale, bias = torch.where(width == 0, torch.tensor(eps), width) / 2, -1.0
+    affine = Affine(shift=tuple(low.tolist()), scale=tuple(scale.tolist()), bias=bias)
+    return Vector(names=tuple(names), normalisation=KINDS.get(mode)), affine
 
 
 def _tokenizer(source: Path, name: str | None, given: Path | None) -> Any:
@@ -239,7 +269,7 @@ def _tokenizer(source: Path, name: str | None, given: Path | None) -> Any:
         ) from None
 
 
-def _origin(source: Path, config: dict[str, Any]) -> dict[str, str]:
+def _origin(source: Path, config: Released) -> dict[str, str]:
     """Where the policy comes from, as far as the folder tells: a snapshot of the hub's cache names repository and revision."""
     folder, card = source.resolve(), source / "README.md"
     cached = folder.parent.name == "snapshots"
@@ -247,8 +277,8 @@ def _origin(source: Path, config: dict[str, Any]) -> dict[str, str]:
     licence = re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE) if front else None
     facts = {
         "format": "lerobot",
-        "type": config["type"],
-        "repository": folder.parent.parent.name.removeprefix("models--").replace("--", "/") if cached else config.get("repo_id"),
+        "type": config.type,
+        "repository": folder.parent.parent.name.removeprefix("models--").replace("--", "/") if cached else config.repo_id,
         "revision": folder.name if cached else None,
         "licence": licence[1] if licence else None,
     }
@@ -273,14 +303,14 @@ def _tensors(file: Path, layout: Layout) -> tuple[Shapes, dict[str, Tensor]]:
     return Shapes({name: tuple(tensor.shape) for name, tensor in raw.items()}, file), tensors
 
 
-def _spec(layout: Layout, changes: dict[str, Any], config: dict[str, Any], contract: Contract) -> Spec:
+def _spec(layout: Layout, changes: dict[str, Any], config: Released, views: tuple[str, ...]) -> Spec:
     path = find(layout.spec, "model")
     tree = merge(load_tree(path), changes)
     und = tree["experts"]["und"]
     und["weights"] = f"path:{VLM}" if und["frozen"] else f"random:path:{VLM}"
-    tree["streams"]["action"]["length"] = config["chunk_size"]
-    spec = parse(Spec, tree | {"state_dim": config["max_state_dim"], "cameras": contract.camera_names}, path)
-    steps = config.get("num_inference_steps", config.get("num_steps", 10))
+    tree["streams"]["action"]["length"] = config.chunk_size
+    spec = parse(Spec, tree | {"state_dim": config.max_state_dim, "cameras": views}, path)
+    steps = config.num_steps if config.type == "smolvla" else config.num_inference_steps
     phases = {name: phase.model_copy(update={"steps": phase.steps and steps}) for name, phase in Graph(spec).phases.items()}
     return spec.model_copy(update={"schedule": phases})
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -65,6 +65,12 @@ class Settings(Strict):
 
     resize: Resize | None = None
     words: Words | None = None
+
+    @model_validator(mode="after")
+    def _sized(self) -> "Settings":
+        if self.words is not None and self.resize is None:
+            raise ValueError("words need resize, which says how many tokens an image takes")
+        return self
 
 
 class PlainPrompts:

@@ -91,7 +91,7 @@ class TriunePolicy(Policy):
             _check(observation, self.contract)
         views = self.model.spec.cameras
         images = torch.stack([torch.stack([self._view(o, c) for c in views]) for o in observations])
-        state = self.state.normalise(np.stack([o.state for o in observations])).astype(np.float32)
+        state: np.ndarray = self.state.normalise(np.stack([o.state for o in observations])).astype(np.float32)
         ids, present = self.prompts([self._text(o, row) for o, row in zip(observations, state, strict=True)], len(views))
         seen = torch.tensor([[c in o.images for c in views] for o in observations])
         if not seen.all():  # image tokens stand in the order of the views, as many of each
@@ -152,8 +152,9 @@ def prompt(contract: Contract, instruction: str) -> str:
 def prompt_encoder(model: Model, settings: Settings | None = None) -> PromptEncoder | PlainPrompts:
     """The tokenizer of the model's prompt stream."""
     name, stream = next((n, s) for n, s in model.spec.streams.items() if s.tokens == "prompt")
-    if settings is None or settings.words is None or settings.resize is None:
+    if settings is None or settings.words is None:
         return PromptEncoder(model.vlm(name), stream.length)
+    assert settings.resize is not None  # as ``Settings`` demands
     return PlainPrompts(model.vlm(name), stream.length, settings.words, (settings.resize.height, settings.resize.width))
 
 

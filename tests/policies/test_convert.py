@@ -309,7 +309,7 @@ def step(number: int, **changes: Any) -> Callable[[Path], None]:
 EXPERT_NORM = "model.paligemma_with_expert.gemma_expert.model.norm.weight"
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
-    "another type": (config(type="act"), "is of type 'act'; pi0, pi05, smolvla can be converted"),
+    "another type": (config(type="act"), "'type': Input should be 'pi0', 'pi05' or 'smolvla'"),
     "relative actions": (config(use_relative_actions=True), "sets use_relative_actions to True"),
     "old": (lambda f: (f / "policy_preprocessor.json").unlink(), "migrate_policy_normalization"),
     "unknown step": (step(0, registry_name="blur"), "has a step 'blur' that cannot be converted"),
@@ -338,6 +338,22 @@ def test_statistics_of_another_size_are_refused(released: Any, tmp_path: Path) -
     save_file({name: row[:2].clone() for name, row in load_file(file).items()}, file)
     with pytest.raises(UserError, match="no mean of 4 numbers for observation.state, which MEAN_STD needs"):
         convert(source, tmp_path / "out", released("pi0").tokenizer)
+
+
+def test_a_tokenizer_that_saving_changes_is_refused(released: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd:
+        name_or_path = "odd"
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [3, 4]}
+
+        def save_pretrained(self, folder: Path) -> None:
+            shutil.copytree(released("pi0").tokenizer, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr("triune.policies.convert._tokenizer", lambda *_: Odd())
+    with pytest.raises(UserError, match="gives other tokens once it is saved"):
+        convert(released("pi0").folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_width_of_unknown_heads_is_refused(released: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
