@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 from ..config import load_tree, parse
 from ..data import ActionChunk, Contract, Normaliser, Observation, Statistics, Vector
@@ -16,7 +19,7 @@ from ..errors import UserError
 from ..vla import Inputs, Model, Spec, build
 from ..vla.engine import infer
 from ..vla.experts.pretrained import PromptEncoder
-from ..vla.spec import FlowHead
+from ..vla.spec import FlowHead, PretrainedExpert
 from ..vla.weights import anchor
 from .base import Plan, Policy, Request
 from .checkpoint import Checkpoint, read_checkpoint
@@ -25,6 +28,17 @@ from .inputs import PlainPrompts, Settings
 BATCH = 4
 """Observations per forward. Smaller batches are padded to it: fp32 products of few tokens differ with the batch size, and
 actions must be the same bit for bit whoever else is asking."""
+
+
+class Undrawn(TorchFunctionMode):
+    """Inside, no random weights are drawn, since others are about to take their place: at 3.5 billion that takes a minute."""
+
+    DRAWS = frozenset({"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.__name__ in self.DRAWS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -176,7 +190,9 @@ def from_checkpoint(checkpoint: Checkpoint, cuts: tuple[tuple[str, str], ...] = 
         checkpoint.reference(name)  # the frozen weights must be those that were trained with
     spec = anchored(parse(Spec, load_tree(checkpoint.spec), checkpoint.spec), checkpoint.folder)
     settings = parse(Settings, checkpoint.info.settings, checkpoint.folder / "policy.json")
-    model = build(spec.cut(*cuts))
+    drawn = any(isinstance(e, PretrainedExpert) and e.fresh and e.frozen for e in spec.experts.values())  # again, rather than stored
+    with nullcontext() if drawn else Undrawn():
+        model = build(spec.cut(*cuts))
     load_trained(model, checkpoint.weights)
     kinds = {key: Affine if "shift" in value else Statistics for key, value in checkpoint.statistics.items()}
     statistics = {key: kinds[key].model_validate(value) for key, value in checkpoint.statistics.items()}

@@ -1,5 +1,6 @@
 """A folder that lerobot wrote, converted, acts as lerobot does: its processors, its network, its processors."""
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,11 +16,16 @@ from safetensors.torch import load_file, save_file
 from triune import UserError
 from triune.cli import model as cli
 from triune.cli.main import main
+from triune.config import load_tree, merge, parse
 from triune.data import Observation
 from triune.policies import Request, TriunePolicy, load_policy, read_checkpoint, verify
 from triune.policies.checkpoint import seal
-from triune.policies.convert import convert
-from triune.vla.weights.released import HEAD_DIM, VISION_HEADS
+from triune.policies.convert import _renamed, convert
+from triune.policies.triune import Undrawn, anchored
+from triune.vla import Spec, load_spec
+from triune.vla.model import Model, sketch
+from triune.vla.weights.references import ASSETS
+from triune.vla.weights.released import HEAD_DIM, LAYOUTS, VISION_HEADS, Shapes, spec_changes, vlm_config
 
 from ..lerobot_peers import CHUNK, DIM, SIDE, SMOL_SIDE, WIDTH, pi_classes, pi_config, pi_fill, smol_config, smol_fill, smol_folder
 
@@ -95,7 +101,8 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
         def make(kind: str) -> Released:
             if kind not in made:
-                made[kind] = release(kind, tmp_path_factory.mktemp(kind), patch)
+                with pytest.MonkeyPatch.context() as building:
+                    made[kind] = release(kind, tmp_path_factory.mktemp(kind), building)
             return made[kind]
 
         yield make
@@ -245,6 +252,15 @@ def test_a_converted_checkpoint_stands_alone(kind: str, converted: Any, tmp_path
         load_policy("moved")
 
 
+def test_weights_that_are_replaced_are_not_drawn(converted: Any) -> None:
+    spec = parse(Spec, load_tree(converted("pi0") / "spec.yaml"), "spec")
+    with Undrawn():
+        before = torch.get_rng_state()
+        Model(anchored(spec, converted("pi0")))  # transformers draws its weights under a seed of its own
+        torch.nn.init.normal_(torch.empty(3))
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_contract_may_do_without_optional_cameras(converted: Any) -> None:
     mine = read_checkpoint(converted("pi0")).contract
     top = mine.model_copy(update={"cameras": mine.cameras[:1]})
@@ -377,3 +393,31 @@ def test_the_command_says_what_is_wrong(
     with pytest.raises(UserError, match="holds no tokenizer"):
         convert(source, tmp_path / "out", tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_published_sizes_are_those_of_our_specs(kind: str, tmp_path: Path) -> None:
+    """lerobot's own network at full size, on the meta device: every name and shape has its place, and the spec is the one in configs."""
+    module = importlib.import_module(f"lerobot.policies.{kind}.modeling_{kind}")
+    package = importlib.import_module(f"lerobot.policies.{kind}")
+    if kind == "smolvla":
+        smol_folder(tmp_path)
+        shutil.copy(ASSETS / "architectures" / "smolvlm2_500m" / "config.json", tmp_path)
+    with torch.device("meta"):
+        if kind == "smolvla":
+            network = module.VLAFlowMatching(package.SmolVLAConfig(vlm_model_name=str(tmp_path), device="cpu"))
+        else:
+            name = {"pi0": "PI0", "pi05": "PI05"}[kind]
+            network = getattr(module, f"{name}Pytorch")(getattr(package, f"{name}Config")(device="cpu"))
+    tensors = network.state_dict()
+    shapes, layout = Shapes({key: tuple(t.shape) for key, t in tensors.items()}, tmp_path / "model.safetensors"), LAYOUTS[kind]
+    vlm = vlm_config(layout, shapes)
+    (tmp_path / "config.json").write_text(json.dumps(vlm))
+    size, words = ((512, 512), 48) if kind == "smolvla" else ((224, 224), {"pi0": 48, "pi05": 200}[kind])
+    spec = load_spec(kind)
+    tree = merge(spec.model_dump(mode="json"), spec_changes(layout, shapes, vlm, size, words, 3))
+    tree["experts"]["und"] |= {"weights": f"random:path:{tmp_path}"}
+    found = parse(Spec, tree, kind)
+    _renamed(layout, tensors, sketch(found), shapes.file)
+    same = {"experts": {"und": spec.experts["und"].model_dump(mode="json")}}
+    assert parse(Spec, merge(tree, same), kind) == spec
