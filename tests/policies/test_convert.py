@@ -292,6 +292,17 @@ def test_a_policy_without_statistics_takes_values_as_they_are(released: Any, tmp
     assert policy.action.unnormalise(np.array([[-2.5] * ACTION_SIZE])).tolist() == [[-2.5] * ACTION_SIZE]
 
 
+def test_names_and_steps_are_those_of_the_folder(released: Any, tmp_path: Path) -> None:
+    """Cameras have the names that observations had before lerobot renamed them; the flow takes as many steps as there."""
+    source, features = copied(released("pi0"), tmp_path), ["x", "y", "gripper"]
+    config(num_inference_steps=3, action_feature_names=features)(source)
+    step(0, config={"rename_map": {"observation.images.front": "observation.images.top"}})(source)
+    contract = convert(source, tmp_path / "out", released("pi0").tokenizer)
+    assert contract.camera_names == ("front", "wrist", "empty_camera_0")
+    assert contract.action.names == tuple(features) and contract.state.names == ("state_0", "state_1", "state_2", "state_3")
+    assert load_policy(tmp_path / "out").model.denoise_steps == 3
+
+
 # what cannot be converted --------------------------------------------------------------------------------------------
 
 
