@@ -157,7 +157,7 @@ def converted(released: Callable[[str], Released], tmp_path_factory: pytest.Temp
         if kind not in done:
             done[kind] = tmp_path_factory.mktemp("converted") / kind
             source = released(kind)
-            cli.convert(source.folder, done[kind], None if kind == "smolvla" else source.tokenizer, json=True)
+            cli.convert(source.folder, done[kind], None if kind == "smolvla" else source.tokenizer, json=kind == "pi0")
         return done[kind]
 
     return get
