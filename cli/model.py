@@ -1,4 +1,4 @@
-"""``vla model``: look at specs, prove them, score pretrained parts."""
+"""``vla model``: look at specs, prove them, score pretrained parts, convert released policies."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from .output import print_json, print_renderable, print_table
 
-app = typer.Typer(name="model", no_args_is_help=True, help="Look at model specs, prove them, score pretrained parts.")
+app = typer.Typer(name="model", no_args_is_help=True, help="Look at model specs, prove them, score and convert weights.")
 
 
 @app.command()
@@ -67,3 +67,21 @@ def score(
         return
     columns = list(result["rows"][0])
     print_table(str(folder), columns, ([row[column] for column in columns] for row in result["rows"]))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a released lerobot policy: pi0, pi0.5 or SmolVLA.")],
+    out: Annotated[Path, typer.Argument(help="The checkpoint to write; must not be there yet.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder with the tokenizer, where the hub's cache does not hold it.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Write a lerobot policy as a checkpoint that gives the same actions from the same noise."""
+    from ..policies.convert import convert as run
+
+    contract = run(source, out, tokenizer)
+    if json:
+        print_json({"checkpoint": str(out), "contract": contract.model_dump(mode="json")})
+    else:
+        sizes = (", ".join(contract.camera_names), contract.state.size, contract.action.size, contract.chunk, contract.executed)
+        print_table(str(out), ["cameras", "state", "action", "chunk", "executed"], [sizes])

@@ -7,7 +7,7 @@ from ..errors import UserError
 
 
 class Camera(Strict):
-    """One camera. ``None`` means unknown: said and asked for, never guessed."""
+    """One camera. ``None`` means unknown: said and asked for, never guessed. ``optional``: a policy does without its images."""
 
     name: str
     height: int | None = None
@@ -15,6 +15,7 @@ class Camera(Strict):
     colour: Literal["rgb", "bgr"] | None = "rgb"
     flip: Literal["none", "horizontal", "vertical", "rotate180"] | None = "none"
     crop: float | None = None
+    optional: bool = False
 
 
 class Vector(Strict):
@@ -52,8 +53,9 @@ class Contract(Strict):
     def conflicts(self, other: "Contract") -> list[str]:
         """Sentences about what does not fit, empty when all known fields agree. Unknown fields never conflict."""
         found: list[str] = []
-        missing = [name for name in self.camera_names if name not in other.camera_names]
-        if missing:
+        missing = [camera.name for camera in self.cameras if camera.name not in other.camera_names]
+        needed = [camera.name for camera in self.cameras if not camera.optional]
+        if missing and (set(missing) & set(needed) or len(missing) == len(self.cameras)):
             found.append(f"camera {', '.join(missing)} is expected but there is only {', '.join(other.camera_names) or 'none'}")
         theirs = {camera.name: camera for camera in other.cameras}
         for camera in self.cameras:

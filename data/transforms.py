@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
+from ..config import Strict
 from ..errors import UserError
-from .statistics import Statistics
+from .statistics import Row, Statistics
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,25 @@ class Normaliser:
         if isinstance(values, np.ndarray):
             return self.offset, self.scale
         return values.new_tensor(self.offset), values.new_tensor(self.scale)
+
+
+class Affine(Strict):
+    """``(x - shift) / scale + bias`` per dimension, in fp32 and in this order: normalisation that is given rather than derived from
+    statistics. Its numbers round as those of the network's origin did, so a value at the end of a range stays there."""
+
+    shift: Row
+    scale: Row
+    bias: float = 0.0
+
+    def normalise(self, values: np.ndarray) -> np.ndarray:
+        """Physical units to network units, float32 (..., D)."""
+        shift, scale = np.array(self.shift, np.float32), np.array(self.scale, np.float32)
+        return (values.astype(np.float32) - shift) / scale + np.float32(self.bias)
+
+    def unnormalise(self, values: np.ndarray) -> np.ndarray:
+        """Network units to physical units, float32 (..., D)."""
+        shift, scale = np.array(self.shift, np.float32), np.array(self.scale, np.float32)
+        return (values.astype(np.float32) - np.float32(self.bias)) * scale + shift
 
 
 SMALLEST_SCALE = 1e-4

@@ -45,12 +45,14 @@ class PolicyInfo(Strict):
         versions: package -> version that wrote it.
         weights: name of an expert or tokenizer -> the pretrained weights it stands on.
         settings: whatever else the policy needs to be built again.
+        source: where a converted policy comes from.
     """
 
     format: Literal[1] = 1
     versions: dict[str, str]
     weights: dict[str, Reference] = {}
     settings: dict[str, JsonValue] = {}
+    source: dict[str, str] = {}
 
 
 class Manifest(Strict):
@@ -131,7 +133,7 @@ class Checkpoint:
         if name not in self.info.weights:
             known = ", ".join(self.info.weights) or "none"
             raise UserError(f"{self.folder}: policy.json names no weights '{name}' (there are: {known}); {MEND}")
-        return resolve_reference(self.info.weights[name])
+        return resolve_reference(self.info.weights[name], self.folder)
 
 
 def write_checkpoint(
@@ -143,6 +145,7 @@ def write_checkpoint(
     weights: Mapping[str, Any],
     references: Mapping[str, Reference],
     settings: Mapping[str, JsonValue] | None = None,
+    source: Mapping[str, str] | None = None,
 ) -> None:
     """Write a deployable checkpoint, without golden observations, into an existing folder.
 
@@ -152,11 +155,12 @@ def write_checkpoint(
         weights: trained tensors by name, on the CPU.
         references: pretrained weights by name, as ``vla.weights.make_reference`` gives them.
         settings: JSON values.
+        source: where a converted policy comes from.
     """
     from safetensors.torch import save_file
 
     versions = {name: version(name) for name in ("triune-vla", "torch", "transformers", "safetensors")}
-    info = PolicyInfo(versions=versions, weights=dict(references), settings=dict(settings or {}))
+    info = PolicyInfo(versions=versions, weights=dict(references), settings=dict(settings or {}), source=dict(source or {}))
     write_file(folder / "spec.yaml", spec)
     write_file(folder / "contract.json", contract.model_dump_json(indent=2))
     write_file(folder / "statistics.json", json.dumps(dict(statistics), indent=2, allow_nan=False))

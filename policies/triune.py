@@ -2,25 +2,43 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 from ..config import load_tree, parse
-from ..data import ActionChunk, Contract, Normaliser, Observation, Statistics
+from ..data import ActionChunk, Contract, Normaliser, Observation, Statistics, Vector
+from ..data.transforms import Affine
 from ..errors import UserError
 from ..vla import Inputs, Model, Spec, build
 from ..vla.engine import infer
 from ..vla.experts.pretrained import PromptEncoder
+from ..vla.spec import PretrainedExpert
+from ..vla.weights import anchor
 from .base import Plan, Policy, Request
 from .checkpoint import Checkpoint, read_checkpoint
+from .inputs import PlainPrompts, Settings
 
 BATCH = 4
 """Observations per forward. Smaller batches are padded to it: fp32 products of few tokens differ with the batch size, and
 actions must be the same bit for bit whoever else is asking."""
+
+
+class Undrawn(TorchFunctionMode):
+    """Inside, no random weights are drawn, since others are about to take their place: at 3.5 billion that takes a minute."""
+
+    DRAWS = frozenset({"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.__name__ in self.DRAWS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -32,12 +50,16 @@ class _Session:
 class TriunePolicy(Policy):
     """``plan`` = prompt, prefix, foresight, denoise, unnormalise."""
 
-    def __init__(self, model: Model, contract: Contract, statistics: dict[str, Statistics]) -> None:
+    def __init__(
+        self, model: Model, contract: Contract, statistics: dict[str, Statistics | Affine], settings: Settings | None = None
+    ) -> None:
         self.model = model.eval()
         self.contract = contract
-        self.state = Normaliser(statistics["observation.state"], contract.state.normalisation or "none")
-        self.action = Normaliser(statistics["action"], contract.action.normalisation or "none")
-        self.prompts = prompt_encoder(model)
+        self.settings = settings or Settings()
+        self.state = _normaliser(statistics["observation.state"], contract.state)
+        self.action = _normaliser(statistics["action"], contract.action)
+        self.prompts = prompt_encoder(model, self.settings)
+        self.image_token = model.vlm(next(n for n, s in model.spec.streams.items() if s.tokens == "prompt")).image_token
         self.sessions: dict[str, _Session] = {}
         self.device = next(model.parameters()).device
 
@@ -60,13 +82,14 @@ class TriunePolicy(Policy):
         began = time.perf_counter()
         padded = requests + [requests[-1]] * (BATCH - len(requests))
         inputs = self.inputs([r.observation for r in padded])
-        noise = {self.model.action_stream: torch.from_numpy(np.stack([self._noise(r) for r in padded])).to(self.device)}
+        drawn = [self._noise(r) for r in padded]
+        noise = {n: torch.from_numpy(np.stack([d[n] for d in drawn])).to(self.device) for n in drawn[0]}
         encoded = time.perf_counter()
         outputs = infer(self.model, inputs, noise)
         assert outputs.actions is not None
         for request in requests:
             self.sessions[request.session].step += 1
-        actions = self.action.unnormalise(outputs.actions.float().cpu().numpy())
+        actions = self.action.unnormalise(outputs.actions.float().cpu().numpy()[..., : self.contract.action.size])
         timing = {"encode": 1e3 * (encoded - began), "model": 1e3 * (time.perf_counter() - encoded)}
         rate = self.contract.rate or 0.0
         return [
@@ -82,23 +105,43 @@ class TriunePolicy(Policy):
         """
         for observation in observations:
             _check(observation, self.contract)
-        images = np.stack([np.stack([o.images[c] for c in self.model.spec.cameras]) for o in observations])
-        state = self.state.normalise(np.stack([o.state for o in observations])).astype(np.float32)
-        ids, present = self.prompts([prompt(self.contract, o.instruction) for o in observations], len(self.model.spec.cameras))
-        pixels = torch.from_numpy(images).permute(0, 1, 4, 2, 3)
-        return Inputs(pixels.to(self.device), ids.to(self.device), present.to(self.device), torch.from_numpy(state).to(self.device))
+        views = self.model.spec.cameras
+        images = torch.stack([torch.stack([self._view(o, c) for c in views]) for o in observations])
+        state: np.ndarray = self.state.normalise(np.stack([o.state for o in observations])).astype(np.float32)
+        ids, present = self.prompts([self._text(o, row) for o, row in zip(observations, state, strict=True)], len(views))
+        seen = torch.tensor([[c in o.images for c in views] for o in observations])
+        if not seen.all():  # image tokens stand in the order of the views, as many of each
+            slots = ids == self.image_token
+            present[slots] = seen.repeat_interleave(int(slots[0].sum()) // len(views), dim=1).flatten()
+        padded = np.pad(state, ((0, 0), (0, self.model.spec.state_dim - state.shape[1])))
+        return Inputs(images.to(self.device), ids.to(self.device), present.to(self.device), torch.from_numpy(padded).to(self.device))
 
-    def _noise(self, request: Request) -> np.ndarray:
-        """Standard normal (C, A), a function of (seed, step of the session) alone."""
+    def _view(self, observation: Observation, camera: str) -> torch.Tensor:
+        """The picture of one camera, (3, Y, X) from 0 to 255; black where it is absent."""
+        known = next(c for c in self.contract.cameras if c.name == camera)
+        image = observation.images.get(camera, np.zeros((known.height or 1, known.width or 1, 3), np.uint8))
+        pixels = torch.tensor(image).permute(2, 0, 1)
+        return pixels if self.settings.resize is None else self.settings.resize(pixels)
+
+    def _text(self, observation: Observation, state: np.ndarray) -> str:
+        """What the observation's prompt says after its images; ``state`` is normalised."""
+        words = self.settings.words
+        if words is None:
+            return prompt(self.contract, observation.instruction)
+        return words.fill(self.contract.prompt or "{instruction}", observation.instruction, state)
+
+    def _noise(self, request: Request) -> dict[str, np.ndarray]:
+        """Standard normal (T, X) for every flow, a function of (seed, step of the session) alone."""
         if request.session not in self.sessions:
             raise UserError(f"session '{request.session}' has not begun: call reset(session, seed) before the first plan")
         if request.prefix is not None or request.samples != 1:
             raise UserError("this policy plans one chunk from the present observation; it takes neither a prefix nor several samples")
         session = self.sessions[request.session]
-        spec = self.model.spec
-        shape = (spec.streams[self.model.action_stream].length, self.contract.action.size)
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([session.seed, session.step, 0])))
-        return rng.standard_normal(shape, dtype=np.float32)
+        out = {}
+        for number, (name, shape) in enumerate(self.model.flow_shapes().items()):
+            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([session.seed, session.step, number])))
+            out[name] = rng.standard_normal(shape, dtype=np.float32)
+        return out
 
     def _drawing(self, foresight: dict[str, torch.Tensor], row: int) -> Callable[[], dict[str, np.ndarray]] | None:
         """Decodes the predicted latents of one row, camera -> (H, W, 3) uint8, when it is called."""
@@ -121,10 +164,13 @@ def prompt(contract: Contract, instruction: str) -> str:
     return (contract.prompt or "{instruction}").replace("{instruction}", instruction)
 
 
-def prompt_encoder(model: Model) -> PromptEncoder:
+def prompt_encoder(model: Model, settings: Settings | None = None) -> PromptEncoder | PlainPrompts:
     """The tokenizer of the model's prompt stream."""
     name, stream = next((n, s) for n, s in model.spec.streams.items() if s.tokens == "prompt")
-    return PromptEncoder(model.vlm(name), stream.length)
+    if settings is None or settings.words is None:
+        return PromptEncoder(model.vlm(name), stream.length)
+    assert settings.resize is not None  # as ``Settings`` demands
+    return PlainPrompts(model.vlm(name), stream.length, settings.words, (settings.resize.height, settings.resize.width))
 
 
 def load_policy(path: str | Path, cuts: tuple[tuple[str, str], ...] = ()) -> TriunePolicy:
@@ -143,12 +189,24 @@ def from_checkpoint(checkpoint: Checkpoint, cuts: tuple[tuple[str, str], ...] = 
     """The policy of a checkpoint that was read."""
     for name in checkpoint.info.weights:
         checkpoint.reference(name)  # the frozen weights must be those that were trained with
-    spec = parse(Spec, load_tree(checkpoint.spec), checkpoint.spec)
-    model = build(spec.cut(*cuts))
+    spec = anchored(parse(Spec, load_tree(checkpoint.spec), checkpoint.spec), checkpoint.folder)
+    settings = parse(Settings, checkpoint.info.settings, checkpoint.folder / "policy.json")
+    drawn = any(isinstance(e, PretrainedExpert) and e.fresh and e.frozen for e in spec.experts.values())  # again, rather than stored
+    with nullcontext() if drawn else Undrawn():
+        model = build(spec.cut(*cuts))
     load_trained(model, checkpoint.weights)
-    statistics = {key: Statistics.model_validate(value) for key, value in checkpoint.statistics.items()}
+    kinds = {key: Affine if "shift" in value else Statistics for key, value in checkpoint.statistics.items()}
+    statistics = {key: kinds[key].model_validate(value) for key, value in checkpoint.statistics.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return TriunePolicy(model.to(device), checkpoint.contract, statistics)
+    return TriunePolicy(model.to(device), checkpoint.contract, statistics, settings)
+
+
+def anchored(spec: Spec, folder: Path) -> Spec:
+    """``spec`` with every relative ``path:`` counted from ``folder``: a checkpoint's own for what it holds itself."""
+    tree = spec.model_dump(mode="json")
+    for part in (*tree["experts"].values(), *tree["heads"].values()):
+        part |= {word: anchor(part[word], folder) for word in ("weights", "autoencoder") if part.get(word)}
+    return parse(Spec, tree, spec.name)
 
 
 def load_trained(model: Model, file: Path) -> None:
@@ -172,13 +230,20 @@ def load_trained(model: Model, file: Path) -> None:
         parameter.data.copy_(weights[name])
 
 
+def _normaliser(found: Statistics | Affine, vector: Vector) -> Normaliser | Affine:
+    return found if isinstance(found, Affine) else Normaliser(found, vector.normalisation or "none")
+
+
 def _check(observation: Observation, contract: Contract) -> None:
+    sees = any(name in observation.images for name in contract.camera_names)
     for camera in contract.cameras:
         if camera.name not in observation.images:
+            if camera.optional and sees:
+                continue
             there = ", ".join(observation.images) or "none"
             raise UserError(f"the policy needs camera '{camera.name}', the observation has {there}; map your cameras to its names")
         height, width, _ = observation.images[camera.name].shape
-        if (camera.height, camera.width) != (height, width):
+        if camera.height and (camera.height, camera.width) != (height, width):
             raise UserError(
                 f"camera '{camera.name}' is {height}x{width}, the policy was trained on {camera.height}x{camera.width}; "
                 "render or resize to that size"

@@ -24,7 +24,7 @@ class Inputs:
     """What the streams are made of. A field is needed only where a live stream is made of it.
 
     Attributes:
-        images: (B, V, 3, Y, X) uint8, views in the spec's camera order.
+        images: (B, V, 3, Y, X), uint8 or float from 0 to 255, views in the spec's camera order.
         ids: token ids (B, T) of the prompt or the words; present: (B, T) bool, False on padding.
         state: normalised proprioception (B, S).
         latents: patches (B, T, P) of the present frames, where foresight needs them; encoded from ``images`` where absent.
@@ -33,7 +33,7 @@ class Inputs:
         dropped: stream -> (B,) bool, True where a row goes without it (what guidance compares with).
     """
 
-    images: UInt8[Tensor, "B V 3 Y X"] | None = None
+    images: UInt8[Tensor, "B V 3 Y X"] | Float[Tensor, "B V 3 Y X"] | None = None
     ids: Int[Tensor, "B T"] | None = None
     present: Bool[Tensor, "B T"] | None = None
     state: Float[Tensor, "B S"] | None = None
@@ -313,11 +313,10 @@ class Model(nn.Module):
             raise UserError(f"{self.spec.name} has no stream of actions, so it is no policy; give one of its streams a flow head")
         return next(iter(self.actions))
 
-    def noise(self, batch: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Standard normal noise (B, T, X) for every flow."""
-        return {
-            n: torch.randn(batch, self.spec.streams[n].length, self.codec(n).out.out_features, generator=generator) for n in self.spec.flows
-        }
+    def flow_shapes(self) -> dict[str, tuple[int, int]]:
+        """Flow -> tokens and numbers per token (T, X), that of the actions first."""
+        first = [*self.actions, *(n for n in self.spec.flows if n not in self.actions)]
+        return {n: (self.spec.streams[n].length, self.codec(n).out.out_features) for n in first}
 
     def vlm(self, stream: str) -> PretrainedVLM:
         """The expert of a prompt stream."""

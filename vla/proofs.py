@@ -49,11 +49,12 @@ def probe(model: Model, batch: int = 2, seed: int = 0) -> Probe:
     size = _image_size(model)
     ids, present = _prompt(model, batch, size, rng)
     images = torch.randint(0, 256, (batch, len(spec.cameras), 3, size, size), generator=rng, dtype=torch.uint8)
-    actions = next(((streams[n].length, codec.out.out_features) for n, codec in model.actions.items()), (1, 1))
+    shapes = model.flow_shapes()
+    actions = next((shapes[n] for n in model.actions), (1, 1))
     state = torch.randn(batch, spec.state_dim, generator=rng)
     targets = Targets(torch.randn(batch, *actions, generator=rng), torch.ones(batch, actions[0], dtype=torch.bool), images)
-    time = {n: draw_times((batch, 1), Flow(time_distribution="uniform"), rng).expand(batch, streams[n].length) for n in spec.flows}
-    noise = {n: torch.randn(batch, streams[n].length, model.codec(n).out.out_features, generator=rng) for n in spec.flows}
+    time = {n: draw_times((batch, 1), Flow(time_distribution="uniform"), rng).expand(batch, length) for n, (length, _) in shapes.items()}
+    noise = {n: torch.randn(batch, *shape, generator=rng) for n, shape in shapes.items()}
     latents = None
     for name, module in model.foresight.items():
         if module.autoencoder is None:  # latents come with the data

@@ -27,7 +27,7 @@ from ...vla.mot import KV
 from ...vla.spec import FlowHead, LatentHead, PretrainedExpert
 from ...vla.weights import Reference, make_reference
 from ..checkpoint import read_checkpoint, write_checkpoint, write_golden
-from ..triune import from_checkpoint, prompt, prompt_encoder
+from ..triune import anchored, from_checkpoint, prompt, prompt_encoder
 from .optim import TrainConfig, resolve_device, resolve_precision
 
 Kind = Literal["mean_std", "quantile", "min_max", "none"]
@@ -91,7 +91,7 @@ class PolicyTask:
 
     def __init__(self, recipe: Recipe, out: Path) -> None:
         self.recipe, self.out = recipe, out
-        self.spec = recipe_spec(recipe)
+        self.spec = anchored(recipe_spec(recipe), Path.cwd())  # a checkpoint's own relative paths are inside its folder
         self.dataset = open_dataset(recipe.data)
         check_dataset(self.dataset, self.spec, recipe)
         self.module = build_model(self.spec, recipe.train.seed)

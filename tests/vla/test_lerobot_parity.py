@@ -9,49 +9,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from triune.policies.train.vlm_model import Tower, VlmConfig, build_model, build_processor
 from triune.vla import Inputs, build, load_spec
 from triune.vla.engine import infer
 from triune.vla.flow import interpolate
 from triune.vla.model import Model, Noisy, Targets
 from triune.vla.weights.lerobot import fastwam_weights, pi_weights, smolvla_weights
 
-WIDTH, EXPERT, HEADS, DIM, DEPTH = 32, 24, 8, 8, 3
-VIEWS, CHUNK, ACTION, SIDE, WORDS = 2, 5, 6, 28, 7
+from ..lerobot_peers import (
+    ACTION,
+    CHUNK,
+    DEPTH,
+    DIM,
+    EXPERT,
+    HEADS,
+    SIDE,
+    SMOL_GRID,
+    SMOL_SIDE,
+    pi_classes,
+    pi_config,
+    pi_fill,
+    smol_config,
+    smol_fill,
+    smol_folder,
+)
 
-
-def _peer(kind: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """lerobot's network with a small tower, projector and vocabulary; its classes read these sizes from module globals."""
-    import importlib
-
-    from transformers import GemmaConfig, PaliGemmaConfig
-
-    module = importlib.import_module(f"lerobot.policies.{kind}.modeling_{kind}")
-    config_class = getattr(importlib.import_module(f"lerobot.policies.{kind}"), {"pi0": "PI0Config", "pi05": "PI05Config"}[kind])
-    tower = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14}
-    vision = {**tower, "image_size": SIDE, "projection_dim": WIDTH, "model_type": "siglip_vision_model", "vision_use_head": False}
-
-    def paligemma() -> Any:
-        return PaliGemmaConfig(
-            text_config=GemmaConfig(rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}), vision_config=vision
-        )
-
-    monkeypatch.setattr(module, "CONFIG_MAPPING", {"paligemma": paligemma, "gemma": GemmaConfig})
-    variants = {"gemma_2b": (WIDTH, DEPTH, 40), "gemma_300m": (EXPERT, DEPTH, 36)}
-    sizes = lambda name: module.GemmaConfig(*variants[name], HEADS, 1, DIM)  # noqa: E731
-    monkeypatch.setattr(module, "get_gemma_config", sizes)
-    config = config_class(
-        chunk_size=CHUNK, n_action_steps=CHUNK, max_action_dim=ACTION, max_state_dim=ACTION, image_resolution=(SIDE, SIDE)
-    )
-    config.dtype, config.device = "float32", "cpu"
-    torch.manual_seed(0)
-    peer = getattr(module, {"pi0": "PI0Pytorch", "pi05": "PI05Pytorch"}[kind])(config)
-    body = peer.paligemma_with_expert.paligemma
-    body.config.projection_dim = body.config.vision_config.projection_dim = WIDTH  # lerobot writes 2048 whatever the width is
-    body.model.multi_modal_projector.linear = torch.nn.Linear(24, WIDTH)
-    for name, parameter in peer.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.02 if "embed_tokens" in name else 0.2)
-    return peer.eval()
+VIEWS, WORDS = 2, 7
 
 
 def _ours(kind: str, peer: Any, folder: Path, make_spec: Callable[..., Any]) -> Model:
@@ -90,26 +72,19 @@ def _ours(kind: str, peer: Any, folder: Path, make_spec: Callable[..., Any]) -> 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_pi(kind: str, make_spec: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    peer = _peer(kind, monkeypatch)
+    package, module = pi_classes(kind, monkeypatch)
+    peer = getattr(module, {"pi0": "PI0Pytorch", "pi05": "PI05Pytorch"}[kind])(pi_config(package)).eval()
+    pi_fill(peer)
     _compare(peer, _ours(kind, peer, tmp_path, make_spec), pi_weights, SIDE, (SIDE // 14) ** 2, state=kind == "pi0")
 
 
 def test_smolvla(make_spec: Callable[..., Any], tmp_path: Path) -> None:
     """Every second layer of the expert reads the VLM's keys projected anew, the others join in self-attention."""
-    from lerobot.policies.smolvla import SmolVLAConfig
     from lerobot.policies.smolvla.modeling_smolvla import VLAFlowMatching
 
-    tower = {"width": 32, "layers": 2, "heads": 4, "ffn": 48}
-    vlm = VlmConfig(image_size=32, patch=8, shuffle=2, vision=Tower(**tower), text=Tower(**tower | {"layers": 5}, kv_heads=2))
-    build_model(vlm, seed=7).save_pretrained(tmp_path)
-    build_processor(vlm).save_pretrained(tmp_path)
-    sizes = {"chunk_size": CHUNK, "n_action_steps": CHUNK, "max_action_dim": ACTION, "max_state_dim": ACTION, "num_steps": 10}
-    config = SmolVLAConfig(vlm_model_name=str(tmp_path), load_vlm_weights=False, num_vlm_layers=4, prefix_length=0, **sizes)
-    config.device = "cpu"
-    torch.manual_seed(0)
-    peer = VLAFlowMatching(config)
-    for parameter in peer.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    smol_folder(tmp_path)
+    peer = VLAFlowMatching(smol_config(tmp_path))
+    smol_fill(peer)
     act = {"width": 24, "depth": 4, "ffn": 256, "qk_norm": False, "norm_eps": 1e-5, "time_of": "1-t", "time": "none", "cross": {}}
     spec = make_spec(
         space={"heads": 4, "kv_heads": 2, "head_dim": 8, "rope_theta": 10_000.0},
@@ -126,7 +101,7 @@ def test_smolvla(make_spec: Callable[..., Any], tmp_path: Path) -> None:
     )
     ours = build(spec)
     ours.load_state_dict(smolvla_weights(peer.state_dict()))
-    _compare(peer.eval(), ours.eval(), smolvla_weights, 32, 4, state=True)
+    _compare(peer.eval(), ours.eval(), smolvla_weights, SMOL_SIDE, SMOL_GRID, state=True)
 
 
 def _compare(peer: Any, ours: Model, rename: Callable[..., dict[str, Tensor]], side: int, grid: int, state: bool) -> None:

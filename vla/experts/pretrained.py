@@ -66,12 +66,14 @@ class PretrainedVLM(Expert):
         """A frozen expert stays in evaluation mode."""
         return super().train(mode and not self.frozen)
 
-    def normalise(self, images: UInt8[Tensor, "*S 3 Y X"]) -> Float[Tensor, "*S 3 Y X"]:
-        """Pixels as the family's processor makes them."""
+    def normalise(self, images: UInt8[Tensor, "*S 3 Y X"] | Float[Tensor, "*S 3 Y X"]) -> Float[Tensor, "*S 3 Y X"]:
+        """Pixels from 0 to 255 as the family's processor makes them."""
         mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.family.mean, self.family.std))
         return (images.float() / 255 - mean) / std
 
-    def embed(self, images: UInt8[Tensor, "B V 3 Y X"], ids: Int[Tensor, "B T"], present: Bool[Tensor, "B T"] | None) -> Prompt:
+    def embed(
+        self, images: UInt8[Tensor, "B V 3 Y X"] | Float[Tensor, "B V 3 Y X"], ids: Int[Tensor, "B T"], present: Bool[Tensor, "B T"] | None
+    ) -> Prompt:
         """Prompt embeddings: text tokens, with the image tokens of the V views put in their places in order."""
         seen = self.family.images(self.model, self.normalise(images.flatten(0, 1)))
         slots = ids == self.image_token

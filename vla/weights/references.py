@@ -37,18 +37,24 @@ class Reference(Strict):
     sha256: str
 
 
+def anchor(ref: str, folder: Path) -> str:
+    """``ref`` (or ``random:ref``) with a relative ``path:`` counted from ``folder``. In a checkpoint that is its own folder."""
+    before, path, name = ref.partition("path:")
+    return f"{before}path:{folder / Path(name).expanduser()}" if path and before in ("", "random:") else ref
+
+
 def make_reference(ref: str, kind: Kind) -> Reference:
     """The reference to the weights that ``ref`` names now."""
     return Reference(kind=kind, ref=ref, sha256=digest(resolve_weights(ref, kind)))
 
 
-def resolve_reference(reference: Reference) -> Path:
-    """The folder of a reference, its content checked.
+def resolve_reference(reference: Reference, base: Path) -> Path:
+    """The folder of a reference, its content checked; a relative ``path:`` is inside ``base``.
 
     Raises:
         UserError: the folder is not there, or holds other weights than when the reference was made.
     """
-    folder = resolve_weights(reference.ref, reference.kind)
+    folder = resolve_weights(anchor(reference.ref, base), reference.kind)
     found = digest(folder)
     if found != reference.sha256:
         raise UserError(
