@@ -300,7 +300,8 @@ def test_names_and_steps_are_those_of_the_folder(released: Any, tmp_path: Path) 
     contract = convert(source, tmp_path / "out", released("pi0").tokenizer)
     assert contract.camera_names == ("front", "wrist", "empty_camera_0")
     assert contract.action.names == tuple(features) and contract.state.names == ("state_0", "state_1", "state_2", "state_3")
-    assert load_policy(tmp_path / "out").model.denoise_steps == 3
+    phases = load_policy(tmp_path / "out").model.graph.phases
+    assert [p.steps for p in phases.values() if p.kind == "denoise"] == [3]
 
 
 # what cannot be converted --------------------------------------------------------------------------------------------
