@@ -10,8 +10,9 @@ from ..spec import TimeFeatures
 
 def mlp(size: int, width: int, encoder: str) -> nn.Sequential:
     """``linear``, or a SiLU MLP of two (``mlp``) or three (``mlp3``) layers."""
-    deep = {"linear": 0, "mlp": 1, "mlp3": 2}[encoder]
-    return nn.Sequential(nn.Linear(size, width), *(part for _ in range(deep) for part in (nn.SiLU(), nn.Linear(width, width))))
+    layers = {"linear": 0, "mlp": 1, "mlp3": 2}[encoder]
+    deep = [part for _ in range(layers) for part in (nn.SiLU(), nn.Linear(width, width))]
+    return nn.Sequential(nn.Linear(size, width), *deep)
 
 
 class StateEncoder(nn.Module):
