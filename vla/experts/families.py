@@ -119,6 +119,11 @@ def _tower_images(model: Any, pixels: Tensor) -> Seen:
     return Seen(model.model.get_image_features(pixels, return_dict=True).pooler_output)
 
 
+def _shuffled_images(model: Any, pixels: Tensor) -> Seen:
+    """Cohere's vision model: whatever tower and text model its configuration names, four neighbouring patches a token."""
+    return Seen(model.model.get_image_features(pixels, return_dict=True).pooler_output.flatten(1, 2))
+
+
 def _internvl_images(model: Any, pixels: Tensor) -> Seen:
     config = model.config
     layer, select = config.vision_feature_layer, config.vision_feature_select_strategy
@@ -177,6 +182,13 @@ _PALIGEMMA = Family(
     phase=_plain_phase,
     bidirectional=True,
 )
+_COHERE = Family(
+    text=lambda model: model.model.language_model,
+    images=_shuffled_images,
+    grid=_grid(lambda c: c.vision_config.patch_size * c.downsample_factor),
+    alone=_flat_views,
+    phase=_plain_phase,
+)
 _INTERNVL = Family(
     text=lambda model: model.model.language_model,
     images=_internvl_images,
@@ -209,6 +221,7 @@ FAMILIES: Mapping[str, Family] = {
     "smolvlm": _SMOLVLM,
     "idefics3": _SMOLVLM,
     "paligemma": _PALIGEMMA,
+    "cohere2_vision": _COHERE,
     "internvl": _INTERNVL,
     "qwen3_vl": _QWEN3_VL,
     "qwen2_5_vl": _QWEN2_5_VL,
