@@ -72,7 +72,7 @@ class LatentForesight(nn.Module):
         latents = (self.autoencoder.encode(pixels).latents - self._of(self.mean, pixels)) / self._of(self.std, pixels)
         patches = latents.unfold(2, size, size).unfold(3, size, size)  # (B*V, K, h, w, p, p)
         patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-        return patches.unflatten(0, (images.shape[0], -1)).flatten(1, 2)
+        return patches.unflatten(0, (images.shape[0], -1)).flatten(1, 2).to(self.out.weight.dtype)
 
     @torch.no_grad()
     def decode(self, patches: Float[Tensor, "B T P"]) -> UInt8[Tensor, "B V 3 Y X"]:

@@ -36,10 +36,17 @@ class ActionHead(nn.Module):
         self.out = nn.Linear(width, action_dim)
 
     def encode(self, noisy: Float[Tensor, "B C A"], time: Float[Tensor, "B C"]) -> Float[Tensor, "B C D"]:
+        return self.join(noisy, self.features(time))
+
+    def features(self, time: Float[Tensor, "B T"]) -> Float[Tensor, "B T D"] | None:
+        """What joins the actions of the flow ``time``; None where the expert's norms carry it."""
+        return None if self.time_of is None else sinusoid(time if self.time_of == "t" else 1 - time, self.width)
+
+    def join(self, noisy: Float[Tensor, "B C A"], features: Float[Tensor, "#B #C D"] | None) -> Float[Tensor, "B C D"]:
+        """Tokens of ``noisy`` actions at the flow time of ``features``."""
         x = self.into(noisy)
-        if self.time_of is not None:
-            features = sinusoid(time if self.time_of == "t" else 1 - time, self.width)
-            x = torch.cat([x, features.to(x.dtype)], dim=-1)
+        if features is not None:
+            x = torch.cat([x, features.to(x.dtype).expand_as(x)], dim=-1)
         return self.mix(x)
 
     def velocity(self, hidden: Float[Tensor, "B C D"]) -> Float[Tensor, "B C A"]:
