@@ -10,9 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import UserError
 from .attention import attend, bias
-from .experts import PretrainedVLM
 from .experts.ready import Ready, ready
 from .graph import Step
 from .model import Inputs, Model, Outputs
@@ -32,21 +30,6 @@ def infer(model: Model, inputs: Inputs, noise: Float[Tensor, "B C A"], cache: Ca
     """
     kept, foresight = model.observe(_as_weights(model, inputs), cache)
     return Outputs(Plan(model, inputs, kept, noise, steps or model.denoise_steps).run(noise), foresight)
-
-
-def narrow(model: Model) -> Model:
-    """``model`` with its weights held in bf16, in place, for inference alone. Buffers, such as rotary frequencies, stay as they are.
-
-    Raises:
-        UserError: a pretrained expert's architecture does not stand bf16 (``Family.narrows``).
-    """
-    for name, expert in model.mot.experts.items():
-        if isinstance(expert, PretrainedVLM) and not expert.family.narrows:
-            kind = expert.model.config.model_type
-            raise UserError(f"{model.spec.name}: expert '{name}' is a '{kind}' model, which goes wrong in bf16; keep this model in fp32")
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return model
 
 
 @dataclass(frozen=True)
