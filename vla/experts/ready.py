@@ -1,6 +1,8 @@
 """An expert made ready to run often over one stream whose positions and flow times are known beforehand: denoising."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -63,9 +65,9 @@ class ReadyDecoder(Ready):
 
     def finish(self, layer: int, x: Float[Tensor, "B T D"], attended: Float[Tensor, "B T NH"], step: int) -> Float[Tensor, "B T D"]:
         own = self.layers[layer]
-        x = own.before.add(x, attended, own.part.o.weight, step)
-        left, right = F.linear(own.after.norm(x, step), own.part.gate_up.weight).chunk(2, dim=-1)
-        return own.after.add(x, self.decoder._activate(left) * right, own.part.down.weight, step)
+        x = own.before.add(x, own.part.o(attended), step)
+        left, right = own.part.gate_up(own.after.norm(x, step)).chunk(2, dim=-1)
+        return own.after.add(x, own.part.down(self.decoder._activate(left) * right), step)
 
     def final(self, x: Float[Tensor, "B T D"], step: int) -> Float[Tensor, "B T D"]:
         return self.last.norm(x, step)
@@ -73,7 +75,7 @@ class ReadyDecoder(Ready):
     def _turned(self, layer: int, x: Float[Tensor, "B T D"], step: int) -> tuple[Float[Tensor, "B T X H"], Float[Tensor, "B T Y H"]]:
         """All that the layer makes of its tokens, and the part of it that has positions (q and k, or q alone), normed and turned."""
         own = self.layers[layer]
-        made = F.linear(own.before.norm(x, step), own.weight).unflatten(-1, (-1, self.decoder.space.head_dim))
+        made = own.product(own.before.norm(x, step)).unflatten(-1, (-1, self.decoder.space.head_dim))
         turned = made[:, :, : own.turning]
         if own.eps is not None:
             turned = F.rms_norm(turned, turned.shape[-1:], None, own.eps)
@@ -109,21 +111,19 @@ class _Steps:
         normed = F.rms_norm(x, x.shape[-1:], self.weights[step], self.eps)
         return normed if self.shifts is None else normed + self.shifts[step]
 
-    def add(self, x: Float[Tensor, "B T D"], made: Float[Tensor, "B T Z"], weight: Tensor, step: int) -> Float[Tensor, "B T D"]:
-        """``x`` and what a layer adds to it, the product of ``made`` and ``weight``."""
-        if self.gates is None:
-            return torch.addmm(x.flatten(0, 1), made.flatten(0, 1), weight.t()).view(x.shape)
-        return torch.addcmul(x, F.linear(made, weight), self.gates[step])
+    def add(self, x: Float[Tensor, "B T D"], made: Float[Tensor, "B T D"], step: int) -> Float[Tensor, "B T D"]:
+        """``x`` and what a layer ``made`` of it."""
+        return x + made if self.gates is None else torch.addcmul(x, made, self.gates[step])
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer: its norms at every step, the weight that all of its projections share, what turns the ``turning`` first heads of
-    the product, and the epsilon of their norm where they have one."""
+    """One layer: its norms at every step, the product that makes q, k and v at once, what turns the ``turning`` first heads of it,
+    and the epsilon of their norm where they have one."""
 
     before: _Steps
     after: _Steps
-    weight: Tensor
+    product: Callable[[Tensor], Tensor]
     turn: tuple[Tensor, Tensor]
     turning: int
     eps: float | None
@@ -133,7 +133,7 @@ class _Layer:
 def _layer(decoder: Decoder, index: int, phase: Phase, alone: Phase, condition: Tensor | None, steps: int) -> _Layer:
     part, crosses = decoder._layer(index), decoder.config.crosses(index)
     heads = {"q": decoder.space.heads} if crosses else {"q": decoder.space.heads, "k": decoder.space.kv_heads}
-    weight = part.q.weight if crosses else torch.cat([part.q.weight, part.k.weight, part.v.weight])
+    dtype = part.attention_norm.weight.dtype
     norms = [getattr(part, f"{name}_norm") for name in heads]
     cos, sin = (p[:, :, None] for p in (alone if crosses else phase))
     sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], dim=-1)  # what was left turns to the right
@@ -142,4 +142,10 @@ def _layer(decoder: Decoder, index: int, phase: Phase, alone: Phase, condition: 
         scale = torch.cat([norm.weight.expand(number, -1) for norm, number in zip(norms, heads.values(), strict=True)])
         cos, sin, eps = cos * scale, sin * scale.roll(scale.shape[-1] // 2, -1), norms[0].eps
     before, after = (_Steps.of(norm, condition, steps) for norm in (part.attention_norm, part.ffn_norm))
-    return _Layer(before, after, weight, (cos.to(weight.dtype), sin.to(weight.dtype)), sum(heads.values()), eps, part)
+    return _Layer(before, after, part.q if crosses else _qkv(part), (cos.to(dtype), sin.to(dtype)), sum(heads.values()), eps, part)
+
+
+def _qkv(part: DecoderLayer) -> Callable[[Tensor], Tensor]:
+    """The product that makes q, k and v at once: packed beforehand where the model was (``vla/narrow.py``)."""
+    packed = getattr(part, "qkv", None)
+    return packed or partial(F.linear, weight=torch.cat([part.q.weight, part.k.weight, part.v.weight]))
