@@ -17,9 +17,8 @@ from .model import Inputs, Model, Outputs
 from .mot import Cache, Tokens
 
 
-@torch.no_grad()
 def infer(model: Model, inputs: Inputs, noise: Float[Tensor, "B C A"], cache: Cache | None = None, steps: int | None = None) -> Outputs:
-    """Answer a batch of observations.
+    """Answer a batch of observations, without gradients.
 
     Everything that does not change between denoise steps is computed once (``Model.observe``, ``Plan``) and read from there.
 
@@ -28,8 +27,46 @@ def infer(model: Model, inputs: Inputs, noise: Float[Tensor, "B C A"], cache: Ca
         cache: streams computed before for these very observations.
         steps: Euler steps, by default those of the spec's schedule.
     """
-    kept, foresight = model.observe(_as_weights(model, inputs), cache)
-    return Outputs(Plan(model, inputs, kept, noise, steps or model.denoise_steps).run(noise), foresight)
+    with torch.inference_mode():
+        kept, foresight = model.observe(_as_weights(model, inputs), cache)
+        actions = Plan(model, inputs, kept, noise, steps or model.denoise_steps).run(noise)
+    return Outputs(actions.clone(), {name: patches.clone() for name, patches in foresight.items()})  # tensors that autograd may take
+
+
+class Captured:
+    """``infer`` as one CUDA graph from frames to actions, for inputs of the shapes of an example.
+
+    The prompt stream is padded to the spec's length, so a batch size needs one graph. A captured call is answered from the very
+    tensors of ``inputs`` that it was made with, into which each call copies its own. The weights must stay where they are.
+
+    Written for CUDA and not yet run on any: where this was made there was none. ``tests/gpu/test_graph.py`` says what must hold.
+
+    Args:
+        inputs: an example, on the device of the model.
+        noise: an example.
+        cache: streams computed before (frozen prefixes), which the graph reads where they lie and does not compute.
+    """
+
+    def __init__(self, model: Model, inputs: Inputs, noise: Float[Tensor, "B C A"], cache: Cache | None = None) -> None:
+        self.inputs, self.noise = replace(inputs, **{n: t.clone() for n, t in vars(inputs).items() if t is not None}), noise.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries make their plans and workspaces before the capture
+            for _ in range(3):
+                infer(model, self.inputs, self.noise, cache)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = infer(model, self.inputs, self.noise, cache)
+
+    def __call__(self, inputs: Inputs, noise: Float[Tensor, "B C A"]) -> Outputs:
+        """As ``infer``."""
+        for name, held in vars(self.inputs).items():
+            if held is not None:
+                held.copy_(getattr(inputs, name))
+        self.noise.copy_(noise)
+        self.graph.replay()
+        return Outputs(self.outputs.actions.clone(), {n: patches.clone() for n, patches in self.outputs.foresight.items()})
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ def composed(name: str, repeats: int = 21) -> list[Row]:
             module.narrow()
         narrow(model)
         patches_as_products(last)
-        mine = infer(model, data.inputs, data.noise).actions
-        for answer, other in ((mine, exact), *((module(data.inputs, data.noise), mine) for module in peers.values())):
+        narrowed = infer(model, data.inputs, data.noise).actions
+        for answer, other in ((narrowed, exact), *((module(data.inputs, data.noise), narrowed) for module in peers.values())):
             _same("bf16", _apart(answer, other, data.noise), BF16)
         works = [lambda: infer(model, data.inputs, data.noise), *(lambda m=m: m(data.inputs, data.noise) for m in peers.values())]
         ours, *theirs = in_turns(works, repeats)
@@ -63,8 +63,8 @@ def composed(name: str, repeats: int = 21) -> list[Row]:
     rows = []
     for peer, spent in zip(peers, theirs, strict=True):
         interval = median_interval([b / a for a, b in zip(ours, spent, strict=True)])
-        times = (1e3 * statistics.median(t) for t in (ours, spent))
-        rows.append(row(f"{name}, bf16, 1 thread", *times, peer, "ms", 1.3, interval))
+        mine, its = (1e3 * statistics.median(times) for times in (ours, spent))
+        rows.append(row(f"{name}, bf16, 1 thread", mine, its, peer, "ms", 1.3, interval))
     return rows
 
 

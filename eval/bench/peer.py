@@ -40,7 +40,7 @@ class Composed(nn.Module):
             parameter.data = parameter.data.to(torch.bfloat16)
         return self
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def forward(self, inputs: Inputs, noise: Tensor) -> Tensor:
         """Actions (B, C, A) for observations ``inputs``."""
         assert inputs.images is not None and inputs.ids is not None and inputs.present is not None and inputs.state is not None
