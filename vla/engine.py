@@ -110,7 +110,7 @@ class Plan:
         tokens = model.embed([name], inputs, noise.to(self.dtype), times[:1].expand(noise.shape[:2]), cache)[name]
         from_zero = tokens.positions - tokens.positions[..., :1]
         phase, alone = (self.expert.phase(tokens.x, ids) for ids in (tokens.positions, from_zero))
-        self.ready: Ready = ready(self.expert, phase, alone, times, noise.shape[:2])
+        self.ready: Ready = ready(self.expert, phase, alone, times, (noise.shape[0], noise.shape[1]))
         past = [n for n in model.graph.reads(name) if n in cache]
         ran = [step for step in mot.steps if owner in step.layers]
         self.reads = [self._read(model, step, owner, tokens, past, cache) for step in ran]

@@ -72,7 +72,7 @@ class Packed(nn.Module):
         super().__init__()
         self.weight: Any = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
         self.bias = None if bias is None else bias.detach()
-        self.then = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        self.then: tuple[str, list[Any], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
 
     def forward(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S Z"]:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.then)

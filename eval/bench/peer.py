@@ -24,6 +24,13 @@ class Composed(nn.Module):
         attention: the implementation that transformers' modules use, ``eager`` or ``sdpa``.
     """
 
+    vlm: Any
+    foresight: Any
+    state: Any
+    action: Any
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: Model, attention: str) -> None:
         super().__init__()
         vlm = model.vlm("obs")
@@ -104,7 +111,7 @@ def _decoder(expert: Any, attention: str) -> Qwen3Model:
         rope_parameters={"rope_type": "default", "rope_theta": space.rope_theta},
         attn_implementation=attention,
     )
-    state = {"norm.weight": expert.final_norm.weight, "embed_tokens.weight": torch.zeros(1, config.width)}
+    state: dict[str, Any] = {"norm.weight": expert.final_norm.weight, "embed_tokens.weight": torch.zeros(1, config.width)}
     for i in range(config.depth):
         part = expert._layer(i)
         gate, up = part.gate_up.weight.chunk(2)

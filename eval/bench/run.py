@@ -13,14 +13,14 @@ from typing import Any
 
 from ...data.files import write_file
 from ...errors import UserError
-from ..provenance import command, hardware
+from ..provenance import command, hardware, versions
 
 BENCHES = ("loader", "inference", "rollout")
 Row = dict[str, Any]
 
 
 def bench(name: str) -> dict[str, Any]:
-    """Run one benchmark: ``bench, command, hardware, date, rows``.
+    """Run one benchmark: ``bench, command, hardware, versions, date, rows``.
 
     Raises:
         UserError: there is no such benchmark.
@@ -33,6 +33,7 @@ def bench(name: str) -> dict[str, Any]:
         "bench": name,
         "command": command(),
         "hardware": hardware(),
+        "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": rows,
     }
@@ -104,17 +105,24 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
 
 
 def write(results: list[dict[str, Any]], folder: Path) -> Path:
-    """``bench-<name>.json`` for each result and ``bench.md`` over all of them; returns the latter."""
-    lines = ["| benchmark | case | ours | peer | ratio | gate | passed |", "|---|---|---|---|---|---|---|"]
+    """``bench-<name>.json`` for each result and ``bench.md`` over all that lie in ``folder``; returns the latter."""
     for result in results:
         write_file(folder / f"bench-{result['bench']}.json", json.dumps(result, indent=1) + "\n")
+    kept = [json.loads(path.read_text()) for name in BENCHES if (path := folder / f"bench-{name}.json").is_file()]
+    lines = ["| benchmark | case | ours | peer | ratio | gate | passed |", "|---|---|---|---|---|---|---|"]
+    for result in kept:
         for r in result["rows"]:
             ours, peer = f"{r['ours']:g} {r['unit']}", f"{r['peer']:g} ({r['peer_name']})"
+            ratio = f"{r['ratio']:g}" + (" ({:g} to {:g})".format(*r["interval"]) if r.get("interval") else "")
             passed = "yes" if r["passed"] else "no"
-            between = " ({:g} to {:g})".format(*r["interval"]) if r["interval"] else ""
-            lines.append(f"| {result['bench']} | {r['name']} | {ours} | {peer} | {r['ratio']:g}{between} | {r['gate'] or ''} | {passed} |")
-    machine, date = results[-1]["hardware"], results[-1]["date"]
-    gpu = f", {machine['gpu']}" if machine["gpu"] else ""
-    text = f"# Benchmarks\n\n`vla bench`, {date[:10]}, {machine['cpu']}, {machine['cores']} cores{gpu}.\n\n" + "\n".join(lines) + "\n"
+            lines.append(f"| {result['bench']} | {r['name']} | {ours} | {peer} | {ratio} | {r['gate'] or ''} | {passed} |")
+    text = "# Benchmarks\n\n" + "\n".join(lines) + "\n\n" + "\n".join(_origin(result) for result in kept) + "\n"
     write_file(folder / "bench.md", text)
     return folder / "bench.md"
+
+
+def _origin(result: dict[str, Any]) -> str:
+    machine, made = result["hardware"], result.get("versions", {})
+    parts = [f"`{result['command']}`", result["date"][:10], machine["cpu"], f"{machine['cores']} cores", machine["gpu"]]
+    parts += [f"{package} {made[package]}" for package in ("torch", "transformers", "lerobot") if package in made]
+    return f"- {result['bench']}: " + ", ".join(part for part in parts if part)

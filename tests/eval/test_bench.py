@@ -27,11 +27,14 @@ def test_rates_are_better_when_larger_and_times_when_smaller() -> None:
 def test_a_result_has_the_shape_that_machines_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("triune.eval.bench.inference.run", lambda: [row("case", 1, 2, "them", "ms", 1.5)])
     result = bench("inference")
-    assert list(result) == ["bench", "command", "hardware", "date", "rows"]
+    assert list(result) == ["bench", "command", "hardware", "versions", "date", "rows"]
     assert list(result["rows"][0]) == ["name", "ours", "peer", "peer_name", "ratio", "interval", "unit", "gate", "passed"]
     table = write([result], tmp_path).read_text()
     assert "| inference | case | 1 ms | 2 (them) | 2 | >= 1.5 | yes |" in table
     assert json.loads((tmp_path / "bench-inference.json").read_text()) == result
+    other = {**result, "bench": "loader", "rows": [row("other", 1, 2, "them", "ms", interval=(1.9, 2.1))]}
+    both = write([other], tmp_path).read_text()  # what was measured before stays in the table
+    assert "| loader | other | 1 ms | 2 (them) | 2 (1.9 to 2.1) |  | yes |" in both and "| inference | case |" in both
 
 
 def test_every_benchmark_is_known_by_name() -> None:
