@@ -1,7 +1,11 @@
-"""Inference: the schedule of a model, phase by phase, each stream no oftener than the graph demands."""
+"""Inference: the schedule of a model, phase by phase, each stream no oftener than the graph demands.
+
+What the runs of a denoise phase share is prepared once (``Plan``), so that a run is nothing but arithmetic on tensors that are there: no
+mask is made, nothing is read back to the host, no keys are copied but the live streams' own.
+"""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,16 +15,31 @@ from torch import Tensor
 from ..errors import UserError
 from .flow import grid
 from .model import GENERATES, Inputs, Model, Noisy, Outputs
-from .mot import KV, Cache
+from .mot import KV, Cache, Clock, Pass
 from .spec import Phase
+
+
+@dataclass(frozen=True)
+class Request:
+    """How an answer is wanted, where it is not as the schedule says.
+
+    Attributes:
+        steps: Euler steps.
+        mode: one of the spec's modes; its ``clean`` flows come in ``Inputs.clean``.
+        prefix: actions (B, P, A) that are settled already; the chunk begins with them.
+    """
+
+    steps: int | None = None
+    mode: str | None = None
+    prefix: Float[Tensor, "B P A"] | None = None
 
 
 @dataclass
 class Memory:
-    """What slow phases left for the calls that follow: phase -> its keys and values, and when it ran.
+    """What slow phases left for the calls that follow.
 
     Attributes:
-        kept: phase -> streams' keys and values, with the patches that it predicted.
+        kept: phase -> its streams' keys and values, and the patches that it predicted.
         calls: phase -> calls since it ran; ran: phase -> the time in seconds at which it did.
     """
 
@@ -29,37 +48,28 @@ class Memory:
     ran: dict[str, float] = field(default_factory=dict)
 
 
-@torch.no_grad()
-def infer(
-    model: Model,
-    inputs: Inputs,
-    noise: Mapping[str, Tensor],
-    cache: Cache | None = None,
-    steps: int | None = None,
-    mode: str | None = None,
-    prefix: Float[Tensor, "B P A"] | None = None,
-) -> Outputs:
-    """Answer a batch of observations.
+def infer(model: Model, inputs: Inputs, noise: Mapping[str, Tensor], cache: Cache | None = None, request: Request | None = None) -> Outputs:
+    """Answer a batch of observations, without gradients.
 
-    Everything that does not change between denoise steps is computed once (``Model.observe``) and read from its cache.
+    Everything that does not change between denoise steps is computed once (``Model.observe``, ``Plan``) and read from there.
 
     Args:
         noise: flow -> (B, T, X), the start of the flow, standard normal.
         cache: streams computed before for these very observations.
-        steps: Euler steps, by default those of the schedule.
-        mode: one of the spec's modes; its ``clean`` flows come in ``inputs.clean``.
-        prefix: actions that are settled already; the chunk begins with them.
 
     Raises:
         UserError: the spec has no such mode, or was not trained with a prefix of that length.
     """
-    kept, foresight = model.observe(inputs, cache, mode)
-    return _finish(model, inputs, noise, kept, foresight, steps, mode, prefix)
+    request = request or Request()
+    with torch.inference_mode():
+        inputs = _as_weights(model, inputs)
+        kept, foresight = model.observe(inputs, cache, request.mode)
+        outputs = _finish(model, inputs, noise, kept, foresight, request)
+    return _cloned(outputs)
 
 
-@torch.no_grad()
 def infer_again(
-    model: Model, inputs: Inputs, noise: Mapping[str, Tensor], memory: Memory, now: float, steps: int | None = None, mode: str | None = None
+    model: Model, inputs: Inputs, noise: Mapping[str, Tensor], memory: Memory, now: float, request: Request | None = None
 ) -> Outputs:
     """Answer the next observations of a run: phases of a longer ``period`` run when it has passed, and are read as they were between.
 
@@ -68,50 +78,113 @@ def infer_again(
         now: time in seconds, on any clock that does not go back.
 
     Raises:
-        UserError: what a phase left is older than its ``stale`` limit.
+        UserError: what a phase left is older than its ``stale`` limit, or as ``infer``.
     """
-    kept: dict[str, KV] = dict(model.contexts(inputs))
-    foresight: dict[str, Tensor] = {}
-    for name, phase in model.graph.schedule(mode).items():
-        if phase.kind in GENERATES:
-            break
-        memory.calls[name] = memory.calls.get(name, phase.period) + 1
-        if name not in memory.kept or memory.calls[name] > phase.period:
-            memory.kept[name], memory.calls[name], memory.ran[name] = model.fill(name, inputs, kept, mode), 1, now
-        age = now - memory.ran[name]
-        if phase.stale is not None and age > phase.stale:
-            raise UserError(
-                f"phase '{name}' of {model.spec.name} ran {age:.2f} s ago, its limit is {phase.stale:.2f} s; "
-                "call at a higher rate, shorten its period or raise stale"
-            )
-        kept |= memory.kept[name][0]
-        foresight |= memory.kept[name][1]
-    return _finish(model, inputs, noise, kept, foresight, steps, mode, None)
+    request = request or Request()
+    with torch.inference_mode():
+        inputs = _as_weights(model, inputs)
+        kept = model.contexts(inputs)
+        foresight: dict[str, Tensor] = {}
+        for name, phase in model.graph.schedule(request.mode).items():
+            if phase.kind in GENERATES:
+                break
+            memory.calls[name] = memory.calls.get(name, phase.period) + 1
+            if memory.calls[name] > phase.period:
+                memory.kept[name], memory.calls[name], memory.ran[name] = model.fill(name, inputs, kept, request.mode), 1, now
+            age = now - memory.ran[name]
+            if phase.stale is not None and age > phase.stale:
+                raise UserError(
+                    f"phase '{name}' of {model.spec.name} ran {age:.2f} s ago, its limit is {phase.stale:.2f} s; "
+                    "call at a higher rate, shorten its period or raise stale"
+                )
+            kept |= memory.kept[name][0]
+            foresight |= memory.kept[name][1]
+        outputs = _finish(model, inputs, noise, kept, foresight, request)
+    return _cloned(outputs)
+
+
+class Captured:
+    """``infer`` as one CUDA graph from frames to actions, for inputs of the shapes of an example.
+
+    The prompt stream is padded to the spec's length, so a batch size needs one graph. A captured call is answered from the very
+    tensors of ``inputs`` that it was made with, into which each call copies its own. The weights must stay where they are.
+
+    Written for CUDA and not yet run on any: where this was made there was none. ``tests/gpu/test_graph.py`` says what must hold.
+
+    Args:
+        inputs: an example, on the device of the model.
+        noise: an example.
+        cache: streams computed before (frozen prefixes), which the graph reads where they lie and does not compute.
+    """
+
+    def __init__(self, model: Model, inputs: Inputs, noise: Mapping[str, Tensor], cache: Cache | None = None) -> None:
+        self.inputs, self.noise = inputs.each(torch.clone), {n: t.clone() for n, t in noise.items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries make their plans and workspaces before the capture
+            for _ in range(3):
+                infer(model, self.inputs, self.noise, cache)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = infer(model, self.inputs, self.noise, cache)
+
+    def __call__(self, inputs: Inputs, noise: Mapping[str, Tensor]) -> Outputs:
+        """As ``infer``."""
+        given = iter(inputs.tensors())
+        self.inputs.each(lambda held: held.copy_(next(given)))
+        for name, held in self.noise.items():
+            held.copy_(noise[name])
+        self.graph.replay()
+        return _cloned(self.outputs)
+
+
+class Plan:
+    """All that the runs of a denoise phase over one batch of observations share (``mot.Pass``).
+
+    Args:
+        inputs: what streams that are not denoised are made of.
+        cache: what was kept of earlier phases.
+        x: flow -> (B, T, X), for the shapes.
+        clocks: flow -> its time in each run.
+    """
+
+    def __init__(
+        self, model: Model, phase: Phase, inputs: Inputs, cache: Cache, x: Mapping[str, Tensor], clocks: Mapping[str, Clock]
+    ) -> None:
+        self.model, self.dtype = model, next(model.mot.parameters()).dtype
+        noisy = {n: Noisy(v.to(self.dtype), clocks[n].time(0, v)) for n, v in x.items()}
+        tokens = model.embed(phase.streams, inputs, noisy, cache)
+        runs = len(next(iter(clocks.values())).at)
+        streams = model.spec.streams
+        timed = {n: clocks[of].at if (of := streams[n].time_of) else (1.0,) * runs for n in phase.streams}
+        self.told = {n: [model.codec(n).told(clock.time(run, x[n])[:1]) for run in range(runs)] for n, clock in clocks.items()}
+        self.streams = {n: t.x for n, t in tokens.items()}
+        self.body = Pass(model.mot, tokens, cache, {n: Clock(at) for n, at in timed.items()} | dict(clocks))
+
+    def velocity(self, x: Mapping[str, Tensor], run: int) -> dict[str, Tensor]:
+        """The velocities (B, T, X) of the flows ``x``, as ``Model.velocity`` at the times of ``run``."""
+        flows = {n: self.model.seated(n, self.model.codec(n).join(v.to(self.dtype), self.told[n][run])) for n, v in x.items()}
+        hidden, _ = self.body.run(self.streams | flows, run, outputs=list(x))
+        return {n: self.model.codec(n).velocity(hidden[n]) for n in x}
 
 
 def _finish(
-    model: Model,
-    inputs: Inputs,
-    noise: Mapping[str, Tensor],
-    kept: dict[str, KV],
-    foresight: dict[str, Tensor],
-    steps: int | None,
-    mode: str | None,
-    prefix: Tensor | None,
+    model: Model, inputs: Inputs, noise: Mapping[str, Tensor], kept: dict[str, KV], foresight: dict[str, Tensor], request: Request
 ) -> Outputs:
     """The first phase that generates and what follows it."""
     done: dict[str, Tensor] = {}
     words: dict[str, Tensor] = {}
-    phases = itertools.dropwhile(lambda item: item[1].kind not in GENERATES, model.graph.schedule(mode).items())
+    phases = itertools.dropwhile(lambda item: item[1].kind not in GENERATES, model.graph.schedule(request.mode).items())
     for name, phase in phases:
         now = replace(inputs, clean=dict(inputs.clean) | done)
         if phase.kind == "denoise":
-            done |= _denoise(model, phase, now, noise, kept, steps or phase.steps or 10, mode, prefix)
+            done |= _denoise(model, phase, now, noise, kept, request)
         elif phase.kind == "ar":
             inputs, words[phase.streams[0]] = _speak(model, phase.streams[0], now, kept)
-            kept |= model.fill(name, inputs, kept, mode)[0]
+            kept |= model.fill(name, inputs, kept, request.mode)[0]
         else:
-            kv, seen = model.fill(name, now, kept, mode)
+            kv, seen = model.fill(name, now, kept, request.mode)
             kept |= kv
             foresight |= seen
     flows = {n: x for n, x in done.items() if n in model.foresight}
@@ -119,49 +192,54 @@ def _finish(
     return Outputs(actions, foresight | flows, words)
 
 
-def _denoise(
+def _denoise(model: Model, phase: Phase, inputs: Inputs, noise: Mapping[str, Tensor], kept: Cache, request: Request) -> dict[str, Tensor]:
+    """The flows of a phase, integrated from noise to data by Euler's method, summed in the type of the noise."""
+    steps = request.steps or phase.steps or 10
+    flows = [n for n in phase.streams if n in model.spec.flows]
+    x = {n: inputs.clean[n] if n in phase.clean else noise[n] for n in flows}
+    grids = {n: grid(steps, phase.shift or model.spec.flow(n).shift) for n in flows}
+    fixed = dict.fromkeys(phase.clean, (1.0,) * steps) | dict.fromkeys(phase.noise, (0.0,) * steps)
+    settled = dict.fromkeys(flows, 0)
+    if request.prefix is not None:
+        name, length = model.action_stream, request.prefix.shape[1]
+        _check_prefix(model, length)
+        x[name], settled[name] = torch.cat([request.prefix, x[name][:, length:]], dim=1), length
+    clocks = {n: Clock(fixed.get(n, tuple(grids[n][:-1])), settled[n]) for n in flows}
+    velocity: Velocity = Plan(model, phase, inputs, kept, x, clocks).velocity
+    if phase.guidance is not None:
+        velocity = _guided(model, phase, inputs, x, clocks, request.mode, velocity)
+    for run in range(steps):
+        for n, v in velocity(x, run).items():
+            if n not in fixed:
+                moved = x[n] + v.to(x[n].dtype) / (1 / (grids[n][run + 1] - grids[n][run]))
+                x[n] = torch.cat([x[n][:, : settled[n]], moved[:, settled[n] :]], dim=1) if settled[n] else moved
+    return {n: x[n] for n in flows if n not in phase.noise}
+
+
+Velocity = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
+
+
+def _guided(
     model: Model,
     phase: Phase,
     inputs: Inputs,
-    noise: Mapping[str, Tensor],
-    kept: Cache,
-    steps: int,
+    x: Mapping[str, Tensor],
+    clocks: Mapping[str, Clock],
     mode: str | None,
-    prefix: Tensor | None,
-) -> dict[str, Tensor]:
-    """The flows of a phase, integrated from noise to data."""
-    spec = model.spec
-    flows = [n for n in phase.streams if n in spec.flows]
-    x = {n: inputs.clean[n] if n in phase.clean else noise[n] for n in flows}
-    if prefix is not None:
-        _check_prefix(model, prefix.shape[1])
-        settled = model.action_stream
-        x[settled] = torch.cat([prefix, x[settled][:, prefix.shape[1] :]], dim=1)
-    without, bare = inputs, kept
-    if phase.guidance is not None:
-        rows = next(iter(x.values())).shape[0]
-        gone = dict.fromkeys(phase.guidance.without, torch.ones(rows, dtype=torch.bool, device=next(iter(x.values())).device))
-        without = replace(inputs, dropped=dict(inputs.dropped) | gone)
-        bare, _ = model.observe(without, mode=mode)
-    grids = {n: grid(steps, phase.shift or spec.flow(n).shift) for n in flows}
-    for i in range(steps):
-        noisy = {}
-        for n in flows:
-            at = 1.0 if n in phase.clean else 0.0 if n in phase.noise else grids[n][i]
-            time = torch.full(x[n].shape[:2], at, dtype=x[n].dtype, device=x[n].device)
-            if prefix is not None and n == model.action_stream:
-                time[:, : prefix.shape[1]] = 1.0
-            noisy[n] = Noisy(x[n], time)
-        velocity = model.velocity(phase.streams, inputs, noisy, kept)
-        if phase.guidance is not None:
-            plain = model.velocity(phase.streams, without, noisy, bare)
-            velocity = {n: plain[n] + phase.guidance.scale * (v - plain[n]) for n, v in velocity.items()}
-        for n in flows:
-            if n not in phase.clean and n not in phase.noise:
-                moved = x[n] + velocity[n] / (1 / (grids[n][i + 1] - grids[n][i]))
-                fixed = prefix.shape[1] if prefix is not None and n == model.action_stream else 0
-                x[n] = torch.cat([x[n][:, :fixed], moved[:, fixed:]], dim=1) if fixed else moved
-    return {n: x[n] for n in flows if n not in phase.noise}
+    velocity: Velocity,
+) -> Velocity:
+    """``velocity`` led away from what it would be without some streams (``spec.Guidance``)."""
+    guidance, first = phase.guidance, next(iter(x.values()))
+    assert guidance is not None
+    gone = dict.fromkeys(guidance.without, torch.ones(len(first), dtype=torch.bool, device=first.device))
+    bare = replace(inputs, dropped=dict(inputs.dropped) | gone)
+    without = Plan(model, phase, bare, model.observe(bare, mode=mode)[0], x, clocks)
+
+    def led(x: Mapping[str, Tensor], run: int) -> dict[str, Tensor]:
+        plain = without.velocity(x, run)
+        return {n: plain[n] + guidance.scale * (v - plain[n]) for n, v in velocity(x, run).items()}
+
+    return led
 
 
 def _speak(model: Model, stream: str, inputs: Inputs, kept: Cache) -> tuple[Inputs, Tensor]:
@@ -180,10 +258,22 @@ def _speak(model: Model, stream: str, inputs: Inputs, kept: Cache) -> tuple[Inpu
 
 
 def _check_prefix(model: Model, length: int) -> None:
-    head = model.spec.heads[model.action_stream]
-    most = getattr(head, "prefix", 0)
+    most = getattr(model.spec.heads[model.action_stream], "prefix", 0)
     if length > most:
         raise UserError(
             f"{model.spec.name} was trained with up to {most} settled actions, {length} are given; "
             f"train with heads.{model.action_stream}.prefix={length}, or give fewer"
         )
+
+
+def _cloned(outputs: Outputs) -> Outputs:
+    """Tensors that autograd may take, and that the next call does not overwrite."""
+    actions = None if outputs.actions is None else outputs.actions.clone()
+    return Outputs(actions, {n: t.clone() for n, t in outputs.foresight.items()}, {n: t.clone() for n, t in outputs.words.items()})
+
+
+def _as_weights(model: Model, inputs: Inputs) -> Inputs:
+    """``inputs`` with numbers of the model's type; pixels stay as they are."""
+    dtype = next(model.mot.parameters()).dtype
+    pixels = inputs.images
+    return replace(inputs.each(lambda t: t.to(dtype) if t.is_floating_point() else t), images=pixels)

@@ -1,6 +1,6 @@
 """A spec made runnable: embed the streams, run the backbone, read the heads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -41,6 +41,19 @@ class Inputs:
     features: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     clean: Mapping[str, Tensor] = field(default_factory=dict)
     dropped: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        """These inputs with every tensor changed."""
+        whole = {n: change(t) for n, t in vars(self).items() if isinstance(t, Tensor)}
+        features = {n: (change(x), None if there is None else change(there)) for n, (x, there) in self.features.items()}
+        clean, dropped = ({n: change(t) for n, t in part.items()} for part in (self.clean, self.dropped))
+        return replace(self, **whole, features=features, clean=clean, dropped=dropped)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, in the order of ``each``."""
+        out: list[Tensor] = []
+        self.each(lambda t: out.append(t) or t)  # type: ignore[func-returns-value]
+        return out
 
 
 @dataclass(frozen=True)
@@ -164,7 +177,7 @@ class Model(nn.Module):
         assert inputs.images is not None, f"the streams {', '.join(names)} need images"
         module = modules[0]
         views = [self.spec.cameras.index(camera) for camera in module.head.cameras]
-        return replace(inputs, latents=module.encode(inputs.images[:, views]))
+        return replace(inputs, latents=module.encode(inputs.images[:, views]).to(next(module.parameters()).dtype))
 
     def presence(self, inputs: Inputs) -> dict[str, Tensor | None]:
         """Stream -> which of its tokens are there; None where all are."""
@@ -362,10 +375,13 @@ class Model(nn.Module):
             x = self._clean(name, stream, inputs, cache, batch)
             time = torch.ones(x.shape[:2], device=x.device)
             if stream.time_of is not None:
-                time = noisy[stream.time_of].time[:, :1].expand(x.shape[:2])
-        if stream.table is not None:
-            x = x + table(stream.table, stream.length, x.shape[-1]).to(x.device, x.dtype)
-        return Tokens(x, empty, time=time if self._timed(name) else None)
+                time = noisy[stream.time_of].time[:, -1:].expand(x.shape[:2])
+        return Tokens(self.seated(name, x), empty, time=time if self._timed(name) else None)
+
+    def seated(self, name: str, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Embeddings of a stream with the sines of their places, where it has a table."""
+        first = self.spec.streams[name].table
+        return x if first is None else x + table(first, x.shape[1], x.shape[2]).to(x.device, x.dtype)
 
     def _clean(self, name: str, stream: Stream, inputs: Inputs, cache: Cache, batch: int) -> Tensor:
         """Embeddings (B, T, D) of a stream that is neither a prompt nor a flow."""

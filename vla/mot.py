@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .attention import attend
+from .attention import attend, bias
 from .experts.base import Context, Expert
+from .experts.decoder import Decoder
+from .experts.ready import Ready, ReadyDecoder, suits
 from .graph import Edges, Graph, Own, Step
 from .modules import ModuleDict
 from .spec import Space
@@ -55,6 +58,20 @@ class KV:
 Cache = Mapping[str, KV]
 
 
+@dataclass(frozen=True)
+class Clock:
+    """The flow time of a stream's tokens in each of several runs; the first ``settled`` of them are clean, t = 1."""
+
+    at: tuple[float, ...]
+    settled: int = 0
+
+    def time(self, run: int, tokens: Tensor) -> Tensor:
+        """(B, T) of ``tokens`` (B, T, D)."""
+        out = torch.full(tokens.shape[:2], self.at[run], device=tokens.device)
+        out[:, : self.settled] = 1.0
+        return out
+
+
 class MoT(nn.Module):
     """Experts joined by shared masked attention, in steps that say which layer of one meets which of another."""
 
@@ -63,7 +80,6 @@ class MoT(nn.Module):
         self.graph = graph
         self.experts = ModuleDict(experts)
         self.steps = graph.steps({name: expert.depth for name, expert in experts.items()})
-        self.owner = graph.owner
 
     def forward(
         self, tokens: Mapping[str, Tokens], cache: Cache, keep: Sequence[str] = (), outputs: Sequence[str] = ()
@@ -77,138 +93,217 @@ class MoT(nn.Module):
         Returns:
             final hidden states (B, T, D) of ``outputs``; KV of ``keep``.
         """
-        owners = self._owners(tokens)
-        past = [n for n in self.graph.names if n in cache and cache[n].keys and any((row, n) in self.graph.edges for row in tokens)]
-        steps = [step for step in self.steps if step.layers.keys() & owners]
-        reads: dict[tuple[Edges, tuple[str, ...]], list[_Read]] = {}  # most steps are alike
+        return Pass(self, tokens, cache).run({n: t.x for n, t in tokens.items()}, keep=keep, outputs=outputs)
+
+
+class Pass:
+    """Live streams ready to run: who reads whom in which step, masks, rotary phases, conditions of the flow time.
+
+    With ``clocks`` it is made for inference in many runs, in which embeddings and flow times change and nothing else: keys and values of
+    what is read lie in one buffer a step, written once, with room for the live streams' own, which each run overwrites.
+
+    Args:
+        tokens: the live streams; of their embeddings only the shapes count.
+        clocks: live stream -> its flow time in each run.
+    """
+
+    def __init__(self, mot: MoT, tokens: Mapping[str, Tokens], cache: Cache, clocks: Mapping[str, Clock] | None = None) -> None:
+        self.graph, self.experts, self.tokens, self.cache = mot.graph, mot.experts, tokens, cache
+        self.owner, self.still = mot.graph.owner, clocks is not None
+        live = {e: [n for n in self.owner if n in tokens and self.owner[n] == e] for e in mot.experts}
+        self.live = {e: names for e, names in live.items() if names}
+        self.lengths = {e: [tokens[n].x.shape[1] for n in names] for e, names in self.live.items()}
+        self.steps = [step for step in mot.steps if step.layers.keys() & self.live]
+        self.past = [n for n in self.graph.names if n in cache and cache[n].keys and any((row, n) in self.graph.edges for row in tokens)]
+        informed = {e for step in self.steps for e in step.informed & self.live.keys()}
+        self.told = {e: self._told(e) for e in informed}
+        self.inject = {e: _joined_inject([tokens[n] for n in names]) for e, names in self.live.items()}
+        self.ready = {e: self._ready(e, clocks) for e in self.live}
+        self._groups: dict[tuple[Edges, frozenset[str]], list[_Group]] = {}  # most steps are alike
+        self._held: dict[tuple[int, int], _Held] = {}
+
+    def run(
+        self, streams: Mapping[str, Tensor], run: int = 0, keep: Sequence[str] = (), outputs: Sequence[str] = ()
+    ) -> tuple[dict[str, Tensor], dict[str, KV]]:
+        """One run over embeddings (B, T, D) of the live streams; see ``MoT.forward``."""
         wanted = {*outputs, *(n for n in keep if self.graph.informs(n, self.graph.names))}
-
-        x = {e: torch.cat([tokens[n].x for n in names], dim=1) for e, names in owners.items()}
-        phase = {e: self.experts[e].phase(x[e], _joined_positions([tokens[n] for n in names])) for e, names in owners.items()}
-        crossing = {e for step in steps for e in step.crossed & owners.keys()}
-        alone = {e: self.experts[e].phase(x[e], _joined_positions([_from_zero(tokens[n]) for n in owners[e]])) for e in crossing}
-        told = {e: self._told(e, owners[e], tokens, cache) for step in steps for e in step.informed & owners.keys()}
-        inject = {e: _joined_inject([tokens[n] for n in names]) for e, names in owners.items()}
-        condition = {e: self.experts[e].condition(_joined_time([tokens[n] for n in names])) for e, names in owners.items()}
+        x = {e: torch.cat([streams[n] for n in names], dim=1) for e, names in self.live.items()}
         kept: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in keep}
-
-        for step in steps:
-            layers = {e: step.layers[e] for e in owners if e in step.layers}
-            q: dict[str, Tensor] = {}
-            k: dict[str, Tensor] = {}
-            v: dict[str, Tensor] = {}
-            for e, layer in layers.items():
-                lengths = [tokens[n].x.shape[1] for n in owners[e]]
-                if e in step.apart:
-                    continue
-                if e in step.crossed:  # no keys of its own
-                    made: tuple[Tensor, ...] = (self.experts[e].ask(layer, x[e], alone[e], condition[e]),)
-                else:
-                    made = self.experts[e].project(layer, x[e], phase[e], condition[e])
-                for held, whole in zip((q, k, v), made, strict=False):
-                    held.update(zip(owners[e], whole.split(lengths, dim=2), strict=True))
-            ready = {n: step.layers[self.owner[n]] for n in past if self.owner[n] in step.layers.keys() - step.crossed - step.apart}
-            keys = {n: cache[n].keys[layer] for n, layer in ready.items()} | k
-            values = {n: cache[n].values[layer] for n, layer in ready.items()} | v
+        for number, step in enumerate(self.steps):
+            layers = {e: step.layers[e] for e in self.live if e in step.layers}
+            q, k, v = self._project(step, layers, x, run)
             for name in kept:  # one entry a layer, empty where a layer has no keys of its own
                 if self.owner[name] in layers:
-                    kept[name][0].append(keys.get(name, x[self.owner[name]][:, :0]))
-                    kept[name][1].append(values.get(name, x[self.owner[name]][:, :0]))
-            if step is steps[-1] and not wanted:
+                    kept[name][0].append(k.get(name, x[self.owner[name]][:, :0]))
+                    kept[name][1].append(v.get(name, x[self.owner[name]][:, :0]))
+            if number == len(self.steps) - 1 and not wanted:
                 break
-            alike = (step.edges, tuple(q))
-            if q and alike not in reads:
-                reads[alike] = self._reads(list(q), list(keys), tokens, cache, step)
-            attended = self._attend(q, keys, values, reads[alike], layers) if q else {}
+            attended = self._attend(number, q, k, v)
             for e, layer in layers.items():
-                expert = self.experts[e]
                 if e in step.apart:
-                    whole = expert.hear(layer, x[e], told[e], condition[e])
+                    heard = self.ready[e].hear(layer, x[e], self.told[e], run)
                 else:
-                    whole = torch.cat([attended[n] for n in owners[e]], dim=1)
-                x[e] = expert.finish(layer, x[e], whole, condition[e], told.get(e))
-                if layer < len(inject[e]):
-                    x[e] = x[e] + inject[e][layer]
-
+                    heard = torch.cat([attended[n] for n in self.live[e]], dim=1)
+                x[e] = self.ready[e].finish(layer, x[e], heard, run, self.told.get(e))
+                if layer < len(self.inject[e]):
+                    x[e] = x[e] + self.inject[e][layer]
         hidden: dict[str, Tensor] = {}
-        for e, names in owners.items():
+        for e, names in self.live.items():
             if any(n in wanted for n in names):
-                final = self.experts[e].final(x[e], condition[e]).split([tokens[n].x.shape[1] for n in names], dim=1)
+                final = self.ready[e].final(x[e], run).split(self.lengths[e], dim=1)
                 hidden |= {n: h for n, h in zip(names, final, strict=True) if n in wanted}
-        made_of = {n: KV(tuple(ks), tuple(vs), tokens[n].present, tokens[n].own, hidden.get(n)) for n, (ks, vs) in kept.items()}
-        return {n: hidden[n] for n in outputs}, made_of
+        parts = {n: (tuple(ks), tuple(vs), self.tokens[n].present, self.tokens[n].own, hidden.get(n)) for n, (ks, vs) in kept.items()}
+        return {n: hidden[n] for n in outputs}, {n: KV(*part) for n, part in parts.items()}
 
-    def _told(self, expert: str, rows: Sequence[str], tokens: Mapping[str, Tokens], cache: Cache) -> Context:
-        """The hidden states that an expert's live tokens read, with who reads which."""
-        edges = self.graph.edges
-        cols = [c for c in self.graph.names if any((r, c) in edges and edges[r, c].via == "hidden" for r in rows)]
-        hidden = []
-        for col in cols:
-            states = cache[col].hidden
-            assert states is not None, f"the hidden states of {col} are not there"
-            hidden.append(states.detach() if any((r, col) in edges and edges[r, col].detach for r in rows) else states)
-        whole, present = torch.cat(hidden, dim=1), [cache[c].present for c in cols]
-        if all((r, c) in edges for r in rows for c in cols) and all(p is None for p in present):
-            return self.experts[expert].inform(whole, None)
-        read = torch.tensor([[(r, c) in edges for c in cols] for r in rows], device=whole.device)
-        read = read.repeat_interleave(torch.tensor([tokens[r].x.shape[1] for r in rows], device=whole.device), dim=0)
-        read = read.repeat_interleave(torch.tensor([h.shape[1] for h in hidden], device=whole.device), dim=1)
-        there = [torch.ones_like(h[..., 0], dtype=torch.bool) if p is None else p for h, p in zip(hidden, present, strict=True)]
-        return self.experts[expert].inform(whole, (read & torch.cat(there, dim=1)[:, None])[:, None])
+    def _project(
+        self, step: Step, layers: Mapping[str, int], x: Mapping[str, Tensor], run: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Queries, keys and values of the live streams; a layer that is crossed has queries alone, one apart nothing."""
+        q: dict[str, Tensor] = {}
+        k: dict[str, Tensor] = {}
+        v: dict[str, Tensor] = {}
+        for e, layer in layers.items():
+            if e in step.apart:
+                continue
+            made = (self.ready[e].ask(layer, x[e], run),) if e in step.crossed else self.ready[e].project(layer, x[e], run)
+            for held, whole in zip((q, k, v), made, strict=False):
+                held.update(zip(self.live[e], whole.split(self.lengths[e], dim=2), strict=True))
+        return q, k, v
 
-    def _owners(self, tokens: Mapping[str, Tokens]) -> dict[str, list[str]]:
-        """Expert -> its live streams, both in the spec's order."""
-        owners = {e: [n for n in self.owner if n in tokens and self.owner[n] == e] for e in self.experts}
-        return {e: names for e, names in owners.items() if names}
+    def _attend(self, number: int, q: Mapping[str, Tensor], k: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What each live stream reads in a step, (B, T, N*H)."""
+        attended: dict[str, Tensor] = {}
+        step = self.steps[number]
+        alike = step.edges, step.crossed | step.apart
+        if alike not in self._groups:
+            self._groups[alike] = self._grouped(list(q), self._readable(step, list(k)), step)
+        for place, group in enumerate(self._groups[alike]):
+            asked = torch.cat([q[r] for r in group.rows], dim=2) if len(group.rows) > 1 else q[group.rows[0]]
+            if group.cols:
+                out = attend(asked, *self._columns(number, place, group, k, v), group.mask)
+            else:  # a layer without keys of its own, and nobody to read
+                out = torch.zeros_like(asked).transpose(1, 2).flatten(2)
+            attended |= dict(zip(group.rows, out.split([q[r].shape[2] for r in group.rows], dim=1), strict=True))
+        return attended
 
-    def _reads(self, live: list[str], read: list[str], tokens: Mapping[str, Tokens], cache: Cache, step: Step) -> list["_Read"]:
+    def _columns(self, number: int, place: int, group: "_Group", k: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, T, H) that a group reads, in order."""
+        own = [c for c in group.cols if c in self.tokens]
+        if not self.still or (group.adapter is not None and own):
+            return self._joined(number, group, k, v)
+        if (number, place) not in self._held:  # the first run makes the buffers
+            self._held[number, place] = _Held.of(*self._joined(number, group, k, v), group.cols, own, k)
+        held = self._held[number, place]
+        for name, (keys, values) in held.own.items():
+            keys.copy_(k[name])
+            values.copy_(v[name])
+        return held.keys, held.values
+
+    def _joined(self, number: int, group: "_Group", k: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        layers = self.steps[number].layers
+        keys = [k[c] if c in k else self.cache[c].keys[layers[self.owner[c]]] for c in group.cols]
+        values = [v[c] if c in v else self.cache[c].values[layers[self.owner[c]]] for c in group.cols]
+        whole = [
+            torch.cat([t.detach() if c in group.detached else t for c, t in zip(group.cols, parts, strict=True)], dim=2)
+            for parts in (keys, values)
+        ]
+        if group.adapter is not None:
+            return self.experts[group.adapter].adapt(layers[group.adapter], *whole)
+        return whole[0], whole[1]
+
+    def _readable(self, step: Step, live: list[str]) -> list[str]:
+        """Streams with keys in a step: those kept from before, then the live ones."""
+        there = step.layers.keys() - step.crossed - step.apart
+        return [n for n in self.past if self.owner[n] in there] + live
+
+    def _grouped(self, rows: list[str], cols: list[str], step: Step) -> list["_Group"]:
         """Live rows grouped by who projects the keys anew for them and by the columns that are detached, each group with its mask."""
-        present = {n: tokens[n].present if n in tokens else cache[n].present for n in read}
-        device = tokens[live[0]].x.device
+        present = {n: self.tokens[n].present if n in self.tokens else self.cache[n].present for n in cols}
         groups: dict[tuple[str | None, Space, bool, frozenset[str]], list[str]] = {}
-        for row in live:
-            seen = [c for c in read if (row, c) in step.edges or row == c]
+        for row in rows:
+            seen = [c for c in cols if (row, c) in step.edges or row == c]
             detached = frozenset(c for c in seen if (row, c) in step.edges and self.graph.edges[row, c].detach)
             adapter = self.owner[row] if self.owner[row] in step.crossed else None
             space = self.experts[self.owner[row]].space  # experts that never meet may have spaces of their own
             groups.setdefault((adapter, space, bool(seen), detached), []).append(row)
         out = []
-        for (adapter, _, _, detached), rows in groups.items():
-            cols = [c for c in read if any((r, c) in step.edges or r == c for r in rows)]
-            mask = self.graph.mask(rows, cols, present, device, step.edges) if cols else None
-            out.append(_Read(rows, cols, adapter, detached, mask))
+        for (adapter, _, _, detached), members in groups.items():
+            x = self.tokens[members[0]].x
+            read = [c for c in cols if any((r, c) in step.edges or r == c for r in members)]
+            mask = self.graph.mask(members, read, present, x.device, step.edges) if read else None
+            out.append(_Group(members, read, adapter, detached, bias(mask, x.dtype) if self.still and mask is not None else mask))
         return out
 
-    def _attend(
-        self,
-        q: Mapping[str, Tensor],
-        k: Mapping[str, Tensor],
-        v: Mapping[str, Tensor],
-        reads: list["_Read"],
-        layers: Mapping[str, int],
-    ) -> dict[str, Tensor]:
-        attended: dict[str, Tensor] = {}
-        for read in reads:
-            asked = torch.cat([q[r] for r in read.rows], dim=2)
-            if read.cols:
-                keys = torch.cat([k[c].detach() if c in read.detached else k[c] for c in read.cols], dim=2)
-                values = torch.cat([v[c].detach() if c in read.detached else v[c] for c in read.cols], dim=2)
-                if read.adapter is not None:
-                    keys, values = self.experts[read.adapter].adapt(layers[read.adapter], keys, values)
-                out = attend(asked, keys, values, read.mask)
-            else:  # a layer without keys of its own, and nobody to read
-                out = torch.zeros_like(asked).transpose(1, 2).flatten(2)
-            attended |= dict(zip(read.rows, out.split([q[r].shape[2] for r in read.rows], dim=1), strict=True))
-        return attended
+    def _ready(self, expert: str, clocks: Mapping[str, Clock] | None) -> Ready:
+        """An expert with what it needs of positions and flow times."""
+        streams, module = [self.tokens[n] for n in self.live[expert]], self.experts[expert]
+        x = torch.cat([s.x for s in streams], dim=1)
+        phase = module.phase(x, _joined_positions(streams))
+        crossing = any(expert in step.crossed for step in self.steps)
+        alone = module.phase(x, _joined_positions([_from_zero(s) for s in streams])) if crossing else phase
+        if clocks is None:
+            return Ready(module, phase, alone, [module.condition(_joined_time(streams))])
+        told = [clocks[n] for n in self.live[expert]]
+        if len(set(told)) == 1 and not told[0].settled and suits(module):
+            return ReadyDecoder(cast(Decoder, module), phase, alone, torch.tensor(told[0].at, device=x.device))
+        runs = range(len(told[0].at))
+        times = [torch.cat([c.time(run, s.x) for c, s in zip(told, streams, strict=True)], dim=1) for run in runs]
+        return Ready(module, phase, alone, [module.condition(time) for time in times])
+
+    def _told(self, expert: str) -> Context:
+        """The hidden states that an expert's live tokens read, with who reads which."""
+        rows, edges = self.live[expert], self.graph.edges
+        cols = [c for c in self.graph.names if any((r, c) in edges and edges[r, c].via == "hidden" for r in rows)]
+        hidden = []
+        for col in cols:
+            states = self.cache[col].hidden
+            assert states is not None, f"the hidden states of {col} are not there"
+            hidden.append(states.detach() if any((r, col) in edges and edges[r, col].detach for r in rows) else states)
+        whole, present = torch.cat(hidden, dim=1), [self.cache[c].present for c in cols]
+        if all((r, c) in edges for r in rows for c in cols) and all(p is None for p in present):
+            return self.experts[expert].inform(whole, None)
+        read = torch.tensor([[(r, c) in edges for c in cols] for r in rows], device=whole.device)
+        read = read.repeat_interleave(torch.tensor(self.lengths[expert], device=whole.device), dim=0)
+        read = read.repeat_interleave(torch.tensor([h.shape[1] for h in hidden], device=whole.device), dim=1)
+        there = [torch.ones_like(h[..., 0], dtype=torch.bool) if p is None else p for h, p in zip(hidden, present, strict=True)]
+        mask = (read & torch.cat(there, dim=1)[:, None])[:, None]
+        return self.experts[expert].inform(whole, bias(mask, whole.dtype) if self.still else mask)
 
 
 @dataclass(frozen=True)
-class _Read:
+class _Group:
+    """Rows that attend together.
+
+    Attributes:
+        cols: what they read; detached: those of it through which no gradient goes.
+        adapter: the expert that projects the keys anew.
+        mask: True where a row may read, or what is added to the scores; None where all may be read.
+    """
+
     rows: list[str]
     cols: list[str]
     adapter: str | None
     detached: frozenset[str]
     mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Keys and values that stay where they are, and the places in them of the live streams."""
+
+    keys: Tensor
+    values: Tensor
+    own: dict[str, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, cols: list[str], own: list[str], live: Mapping[str, Tensor]) -> "_Held":
+        """Buffers out of what was joined of ``cols``, of which ``own`` are live and stand last."""
+        places, end = {}, keys.shape[2]
+        for name in reversed(own):
+            start = end - live[name].shape[2]
+            places[name] = keys[:, :, start:end], values[:, :, start:end]
+            end = start
+        return cls(keys, values, places)
 
 
 def _joined_time(streams: list[Tokens]) -> Tensor | None:

@@ -4,10 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from triune import UserError
 from triune.eval.bench import BENCHES, bench, write
-from triune.eval.bench.run import row, seconds
+from triune.eval.bench.inference import BF16, FP32, composed
+from triune.eval.bench.peer import Composed
+from triune.eval.bench.run import in_turns, median_interval, row, seconds
+from triune.vla import build, load_spec
+from triune.vla.engine import infer
+from triune.vla.narrow import narrow
+from triune.vla.proofs import probe
 
 
 def test_rates_are_better_when_larger_and_times_when_smaller() -> None:
@@ -20,17 +27,50 @@ def test_rates_are_better_when_larger_and_times_when_smaller() -> None:
 def test_a_result_has_the_shape_that_machines_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("triune.eval.bench.inference.run", lambda: [row("case", 1, 2, "them", "ms", 1.5)])
     result = bench("inference")
-    assert list(result) == ["bench", "command", "hardware", "date", "rows"]
-    assert list(result["rows"][0]) == ["name", "ours", "peer", "peer_name", "ratio", "unit", "gate", "passed"]
+    assert list(result) == ["bench", "command", "hardware", "versions", "date", "rows"]
+    assert list(result["rows"][0]) == ["name", "ours", "peer", "peer_name", "ratio", "interval", "unit", "gate", "passed"]
     table = write([result], tmp_path).read_text()
     assert "| inference | case | 1 ms | 2 (them) | 2 | >= 1.5 | yes |" in table
     assert json.loads((tmp_path / "bench-inference.json").read_text()) == result
+    other = {**result, "bench": "loader", "rows": [row("other", 1, 2, "them", "ms", interval=(1.9, 2.1))]}
+    both = write([other], tmp_path).read_text()  # what was measured before stays in the table
+    assert "| loader | other | 1 ms | 2 (them) | 2 (1.9 to 2.1) |  | yes |" in both and "| inference | case |" in both
 
 
 def test_every_benchmark_is_known_by_name() -> None:
     with pytest.raises(UserError, match="did you mean 'rollout'"):
         bench("rolout")
     assert BENCHES
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_peer_of_inference_computes_the_same(attention: str) -> None:
+    model = build(load_spec("small_60m_tiny")).eval()
+    for parameter in model.parameters():  # every part matters
+        torch.nn.init.normal_(parameter, std=0.3)
+    data = probe(model)  # two rows, one with a shorter prompt
+    exact = infer(model, data.inputs, data.noise).actions
+    peer = Composed(model, attention)
+    assert (peer(data.inputs, data.noise["action"]) - exact).abs().max() < FP32 * exact.abs().max()
+    answers = [infer(narrow(model), data.inputs, data.noise).actions, peer.narrow()(data.inputs, data.noise["action"])]
+    for answer in answers:
+        assert (answer - exact).norm() < BF16 * (exact - data.noise["action"]).norm()
+
+
+def test_rows_beside_the_peer_have_intervals() -> None:
+    rows = composed("small_60m_tiny", repeats=3)
+    assert len(rows) == 3 and all(r["interval"][0] <= r["interval"][1] for r in rows)
+
+
+def test_turns_are_taken_forwards_and_backwards() -> None:
+    calls: list[str] = []
+    times = in_turns([lambda: calls.append("a"), lambda: calls.append("b")], repeats=4)
+    assert "".join(calls) == "baab" * 3 and [len(t) for t in times] == [4, 4]
+
+
+def test_the_interval_of_a_median() -> None:
+    assert median_interval(range(21)) == (5, 15)  # the sixth and the sixteenth of 21: 97.3 %
+    assert median_interval([1.0, 2.0, 3.0]) == (1.0, 3.0)
 
 
 def test_seconds_takes_the_median_after_a_first_call() -> None:

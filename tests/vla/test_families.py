@@ -45,6 +45,12 @@ def _config(family: str) -> Any:
             vision = {**TOWER, "image_size": 32, "patch_size": 16, "projection_dim": 32}
             text = hf.GemmaConfig(**TEXT)
             return hf.PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=32, hidden_size=32, image_token_index=IMAGE)
+        case "cohere2_vision":  # the parts of small_60m: SigLIP and Qwen3
+            vision = hf.SiglipVisionConfig(**TOWER, image_size=32, patch_size=8, vision_use_head=False)
+            text = hf.Qwen3Config(**TEXT)
+            return hf.Cohere2VisionConfig(
+                text_config=text, vision_config=vision, downsample_factor=2, alignment_intermediate_size=32, image_token_id=IMAGE
+            )
         case "internvl":
             vision = hf.InternVLVisionConfig(**TOWER, image_size=[32, 32], patch_size=[8, 8])
             return hf.InternVLConfig(text_config=hf.Qwen3Config(**TEXT), vision_config=vision, image_token_id=IMAGE)
@@ -56,7 +62,7 @@ def _config(family: str) -> Any:
             return hf.Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, **qwen)
 
 
-@pytest.fixture(scope="module", params=["idefics3", "paligemma", "internvl", "qwen3_vl", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["idefics3", "paligemma", "cohere2_vision", "internvl", "qwen3_vl", "qwen2_5_vl"])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A family and a folder with a tiny random model of it."""
     from transformers import AutoModelForImageTextToText

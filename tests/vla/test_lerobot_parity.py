@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from triune.vla import Inputs, build, load_spec
-from triune.vla.engine import infer
+from triune.vla.engine import Request, infer
 from triune.vla.flow import interpolate
 from triune.vla.model import Model, Noisy, Targets
 from triune.vla.weights.lerobot import fastwam_weights, pi_weights, smolvla_weights
@@ -144,9 +144,9 @@ def _compare(peer: Any, ours: Model, rename: Callable[..., dict[str, Tensor]], s
     # denoising on cached keys, from the same noise
     with torch.no_grad():
         chunk = peer.sample_actions(*theirs_in, noise=noise)
-    assert float((chunk - infer(ours, inputs, {"action": noise}, steps=10).actions).abs().max()) < 1e-5
+    assert float((chunk - infer(ours, inputs, {"action": noise}, request=Request(steps=10)).actions).abs().max()) < 1e-5
     hidden = replace(inputs, present=torch.ones_like(present))
-    assert float((chunk - infer(ours, hidden, {"action": noise}, steps=10).actions).abs().max()) > 1e-4  # padding matters
+    assert float((chunk - infer(ours, hidden, {"action": noise}, request=Request(steps=10)).actions).abs().max()) > 1e-4  # padding matters
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")

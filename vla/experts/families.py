@@ -44,6 +44,7 @@ class Family:
         phase: (text transformer, x, positions) -> cosine and sine (B, T, H).
         axes: rotary axes; with 3 an image's tokens have a time, a row and a column, and the next token follows the larger side.
         bidirectional: whether a prompt's tokens read each other both ways (a prefix LM).
+        narrows: whether its modules are right with weights in bf16. SmolVLM's counts the places of patches in the type of its pixels.
         mean, std: of the published processors' image normalisation.
     """
 
@@ -54,6 +55,7 @@ class Family:
     phase: Phase
     axes: int = 1
     bidirectional: bool = False
+    narrows: bool = True
     mean: Triple = HALF
     std: Triple = HALF
 
@@ -119,6 +121,11 @@ def _tower_images(model: Any, pixels: Tensor) -> Seen:
     return Seen(model.model.get_image_features(pixels, return_dict=True).pooler_output)
 
 
+def _shuffled_images(model: Any, pixels: Tensor) -> Seen:
+    """Cohere's vision model: whatever tower and text model its configuration names, four neighbouring patches a token."""
+    return Seen(model.model.get_image_features(pixels, return_dict=True).pooler_output.flatten(1, 2))
+
+
 def _internvl_images(model: Any, pixels: Tensor) -> Seen:
     config = model.config
     layer, select = config.vision_feature_layer, config.vision_feature_select_strategy
@@ -168,6 +175,7 @@ _SMOLVLM = Family(
     grid=_grid(lambda c: c.vision_config.patch_size * c.scale_factor),
     alone=_views,
     phase=_plain_phase,
+    narrows=False,
 )
 _PALIGEMMA = Family(
     text=lambda model: model.model.language_model,
@@ -176,6 +184,13 @@ _PALIGEMMA = Family(
     alone=_prefix_views,
     phase=_plain_phase,
     bidirectional=True,
+)
+_COHERE = Family(
+    text=lambda model: model.model.language_model,
+    images=_shuffled_images,
+    grid=_grid(lambda c: c.vision_config.patch_size * c.downsample_factor),
+    alone=_flat_views,
+    phase=_plain_phase,
 )
 _INTERNVL = Family(
     text=lambda model: model.model.language_model,
@@ -209,6 +224,7 @@ FAMILIES: Mapping[str, Family] = {
     "smolvlm": _SMOLVLM,
     "idefics3": _SMOLVLM,
     "paligemma": _PALIGEMMA,
+    "cohere2_vision": _COHERE,
     "internvl": _INTERNVL,
     "qwen3_vl": _QWEN3_VL,
     "qwen2_5_vl": _QWEN2_5_VL,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import UserError
 from ..attention import rotary, rotate
@@ -39,6 +39,8 @@ class PretrainedVLM(Expert):
         self.width: int = text_config.hidden_size
         self.depth: int = len(text.layers)
         self.head_dim: int = getattr(text_config, "head_dim", None) or self.width // text_config.num_attention_heads
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.family.mean, self.family.std))
+        self.mean, self.std = nn.Buffer(mean, persistent=False), nn.Buffer(std, persistent=False)
         heads, groups = text_config.num_attention_heads, text_config.num_key_value_heads
         theta = self.rope_theta or text_config.rope_parameters["rope_theta"]
         self.space = Space(heads=heads, kv_heads=groups, head_dim=self.head_dim, rope_theta=theta)
@@ -68,8 +70,7 @@ class PretrainedVLM(Expert):
 
     def normalise(self, images: UInt8[Tensor, "*S 3 Y X"] | Float[Tensor, "*S 3 Y X"]) -> Float[Tensor, "*S 3 Y X"]:
         """Pixels from 0 to 255 as the family's processor makes them."""
-        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.family.mean, self.family.std))
-        return (images.float() / 255 - mean) / std
+        return (images.float() / 255 - self.mean) / self.std
 
     def embed(
         self, images: UInt8[Tensor, "B V 3 Y X"] | Float[Tensor, "B V 3 Y X"], ids: Int[Tensor, "B T"], present: Bool[Tensor, "B T"] | None

@@ -48,10 +48,17 @@ class FlowCodec(nn.Module):
         self.out = nn.Linear(width, size)
 
     def encode(self, noisy: Float[Tensor, "B T X"], time: Float[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        return self.join(noisy, self.told(time))
+
+    def told(self, time: Float[Tensor, "*S T"]) -> Float[Tensor, "*S T D"] | None:
+        """What joins the tokens of the flow ``time``; None where the expert's norms carry it."""
+        return None if self.time_of is None else sinusoid(time if self.time_of == "t" else 1 - time, self.features, self.width)
+
+    def join(self, noisy: Float[Tensor, "B T X"], told: Float[Tensor, "#B #T D"] | None) -> Float[Tensor, "B T D"]:
+        """Tokens of what is ``noisy``, joined by what is ``told`` of its time."""
         x = self.into(noisy)
-        if self.time_of is not None:
-            features = sinusoid(time if self.time_of == "t" else 1 - time, self.features, self.width)
-            x = torch.cat([x, features.to(x.dtype)], dim=-1)
+        if told is not None:
+            x = torch.cat([x, told.to(x.dtype).expand(*x.shape[:2], -1)], dim=-1)
         return self.mix(x)
 
     def velocity(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T X"]:

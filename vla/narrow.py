@@ -1,0 +1,100 @@
+"""A model for inference in bf16: weights held in it, and what is slow in it on a CPU done another way."""
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import UserError
+from .experts import Decoder, PretrainedVLM
+from .experts.decoder import DecoderLayer
+from .model import Model
+
+
+def narrow(model: Model) -> Model:
+    """``model`` with its weights in bf16, in place, for inference alone. Buffers, such as rotary frequencies, stay as they are.
+
+    On a CPU with bf16 instructions the linear layers of the experts are packed too (``Packed``) and are parameters no more.
+
+    Raises:
+        UserError: a pretrained expert's architecture does not stand bf16 (``Family.narrows``).
+    """
+    for name, expert in model.mot.experts.items():
+        if isinstance(expert, PretrainedVLM) and not expert.family.narrows:
+            kind = expert.model.config.model_type
+            raise UserError(f"{model.spec.name}: expert '{name}' is a '{kind}' model, which goes wrong in bf16; keep this model in fp32")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    patches_as_products(model)
+    if next(model.parameters()).device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        for expert in model.mot.experts.values():
+            if isinstance(expert, PretrainedVLM):
+                _pack(expert.model.model)
+            elif isinstance(expert, Decoder):
+                for part in expert.layers:
+                    _pack_layer(cast(DecoderLayer, part))
+    return model
+
+
+def patches_as_products(module: nn.Module) -> None:
+    """Put ``PatchProduct`` in the place of every convolution within ``module`` that cuts images into patches, with its very weights."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Conv2d and child.kernel_size == child.stride and child.padding in ("valid", (0, 0)) and child.groups == 1:
+                setattr(parent, name, PatchProduct(child))
+
+
+class PatchProduct(nn.Module):
+    """A convolution whose patches do not overlap, as one matrix product.
+
+    oneDNN has no fast convolution of this kind in bf16: two images of 256 pixels in patches of 16 took 46 ms on one core of a Xeon
+    with AMX, the product takes 0.7 ms.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.side = convolution.weight, convolution.bias, convolution.stride
+
+    def forward(self, x: Float[Tensor, "N K Y X"]) -> Float[Tensor, "N D y x"]:
+        rows, columns = self.side
+        cells = x.unfold(2, rows, rows).unfold(3, columns, columns).permute(0, 2, 3, 1, 4, 5)  # (N, y, x, K, rows, columns)
+        return F.linear(cells.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class Packed(nn.Module):
+    """A linear layer whose weight lies as oneDNN's bf16 product reads it, so that it is not laid out anew at each call; ``gelu``
+    (of the tanh kind) follows within the product. The operations are those that torch.compile uses on CPUs.
+    """
+
+    def __init__(self, weight: Float[Tensor, "Z D"], bias: Float[Tensor, "Z"] | None = None, gelu: bool = False) -> None:
+        super().__init__()
+        self.weight: Any = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.bias = None if bias is None else bias.detach()
+        self.then: tuple[str, list[Any], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
+
+    def forward(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S Z"]:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.then)
+
+
+def _pack(module: nn.Module) -> None:
+    """Pack every linear layer within ``module``, together with the tanh GELU behind it where there is one (SigLIP's MLP)."""
+    from transformers.activations import GELUTanh
+
+    for parent in list(module.modules()):
+        fused = isinstance(getattr(parent, "activation_fn", None), GELUTanh) and isinstance(getattr(parent, "fc1", None), nn.Linear)
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, Packed(child.weight, child.bias, gelu=fused and name == "fc1"))
+        if fused:
+            parent.activation_fn = nn.Identity()
+
+
+def _pack_layer(part: DecoderLayer) -> None:
+    """Pack the products of our own layer, and q, k and v once more as the one that ``ReadyDecoder`` uses."""
+    if part.q.in_features == part.k.in_features == part.v.in_features:
+        part.qkv = Packed(torch.cat([part.q.weight, part.k.weight, part.v.weight]))
+    for name in ("q", "k", "v", "o", "gate_up", "down"):
+        child = getattr(part, name)
+        setattr(part, name, Packed(child.weight, child.bias))
