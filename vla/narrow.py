@@ -19,12 +19,14 @@ def narrow(model: Model) -> Model:
     On a CPU with bf16 instructions the linear layers of the experts are packed too (``Packed``) and are parameters no more.
 
     Raises:
-        UserError: a pretrained expert's architecture does not stand bf16 (``Family.narrows``).
+        UserError: a pretrained expert's architecture is not known to be right in bf16 (``Family.narrows``).
     """
     for name, expert in model.mot.experts.items():
         if isinstance(expert, PretrainedVLM) and not expert.family.narrows:
             kind = expert.model.config.model_type
-            raise UserError(f"{model.spec.name}: expert '{name}' is a '{kind}' model, which goes wrong in bf16; keep this model in fp32")
+            raise UserError(
+                f"{model.spec.name}: expert '{name}' is a '{kind}' model, not known to be right in bf16; keep this model in fp32"
+            )
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     patches_as_products(model)

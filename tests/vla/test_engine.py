@@ -120,8 +120,8 @@ def test_a_narrow_model_answers_nearly_the_same() -> None:
     assert model.vlm("obs").model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-def test_what_goes_wrong_in_bf16_is_refused() -> None:
-    with pytest.raises(UserError, match="'und' is a 'smolvlm' model, which goes wrong in bf16"):
+def test_what_is_not_known_to_be_right_in_bf16_is_refused() -> None:
+    with pytest.raises(UserError, match="'und' is a 'smolvlm' model, not known to be right in bf16"):
         narrow(build(load_spec("smolvla_tiny")))
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from triune.vla import build
+from triune.vla import build, load_spec
 from triune.vla.experts import PretrainedVLM
 from triune.vla.experts.families import FAMILIES, Seen, flat_patches, positions
+from triune.vla.model import sketch
 from triune.vla.proofs import TOLERANCE, cache_equivalence, expert_parity, gradient_probe, probe
 from triune.vla.spec import PretrainedExpert
 
@@ -228,3 +229,11 @@ def test_full_size_builds_without_memory(name: str, parameters: int, tmp_path: P
         vlm = PretrainedVLM(PretrainedExpert(weights=f"random:path:{tmp_path}"))
     assert sum(p.numel() for p in vlm.parameters()) == parameters
     assert vlm.space.head_dim == vlm.head_dim
+
+
+def test_the_model_for_measuring_has_its_size() -> None:
+    """A VLM of 41.6 M parameters (ViT-S/16, projector, 12 layers of Qwen3) and two experts of 12 layers of 256."""
+    model = sketch(load_spec("small_60m"))
+    sizes = {name: sum(p.numel() for p in expert.parameters()) for name, expert in model.mot.experts.items()}
+    assert sizes == {"und": 41_630_976, "gen": 10_231_552, "act": 10_231_552}
+    assert model.vlm("obs").grid((256, 256)) == (8, 8) and model.denoise_steps == 10

@@ -44,7 +44,7 @@ class Family:
         phase: (text transformer, x, positions) -> cosine and sine (B, T, H).
         axes: rotary axes; with 3 an image's tokens have a time, a row and a column, and the next token follows the larger side.
         bidirectional: whether a prompt's tokens read each other both ways (a prefix LM).
-        narrows: whether its modules are right with weights in bf16. SmolVLM's counts the places of patches in the type of its pixels.
+        narrows: whether its modules were tried with weights in bf16 and are right. SmolVLM's are not: see ``PretrainedVLM``.
         mean, std: of the published processors' image normalisation.
     """
 
@@ -55,7 +55,7 @@ class Family:
     phase: Phase
     axes: int = 1
     bidirectional: bool = False
-    narrows: bool = True
+    narrows: bool = False
     mean: Triple = HALF
     std: Triple = HALF
 
@@ -175,7 +175,6 @@ _SMOLVLM = Family(
     grid=_grid(lambda c: c.vision_config.patch_size * c.scale_factor),
     alone=_views,
     phase=_plain_phase,
-    narrows=False,
 )
 _PALIGEMMA = Family(
     text=lambda model: model.model.language_model,
@@ -191,6 +190,7 @@ _COHERE = Family(
     grid=_grid(lambda c: c.vision_config.patch_size * c.downsample_factor),
     alone=_flat_views,
     phase=_plain_phase,
+    narrows=True,
 )
 _INTERNVL = Family(
     text=lambda model: model.model.language_model,
