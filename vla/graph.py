@@ -398,7 +398,8 @@ class Graph:
                         f"{self.spec.name}: {row} runs in phase '{name}' of {what} but reads {', '.join(late)}, which a later phase makes"
                     )
                 allowed = {self._kind(row)} | ({"ar"} if isinstance(self.spec.heads.get(row), WordHead) else set())
-                allowed |= {"denoise"} if set(phase.streams) & set(self.spec.flows) else set()
+                allowed |= {self._kind(s) for s in phase.streams} if self._kind(row) == "prefill" else set()
+                allowed |= {"denoise"} if self._kind(row) == "regress" and set(phase.streams) & set(self.spec.flows) else set()
                 if phase.kind not in allowed or (phase.kind == "ar" and len(phase.streams) > 1):
                     kind = self._kind(row)
                     raise UserError(

@@ -140,11 +140,12 @@ class Pass:
                 break
             attended = self._attend(number, q, k, v)
             for e, layer in layers.items():
+                told = self.told.get(e)
                 if e in step.apart:
-                    heard = self.ready[e].hear(layer, x[e], self.told[e], run)
+                    heard = self._nothing(e, x[e]) if told is None else self.ready[e].hear(layer, x[e], told, run)
                 else:
                     heard = torch.cat([attended[n] for n in self.live[e]], dim=1)
-                x[e] = self.ready[e].finish(layer, x[e], heard, run, self.told.get(e))
+                x[e] = self.ready[e].finish(layer, x[e], heard, run, told)
                 if layer < len(self.inject[e]):
                     x[e] = x[e] + self.inject[e][layer]
         hidden: dict[str, Tensor] = {}
@@ -185,6 +186,11 @@ class Pass:
                 out = torch.zeros_like(asked).transpose(1, 2).flatten(2)
             attended |= dict(zip(group.rows, out.split([q[r].shape[2] for r in group.rows], dim=1), strict=True))
         return attended
+
+    def _nothing(self, expert: str, x: Tensor) -> Tensor:
+        """What tokens (B, T, D) that read nothing attend to, (B, T, N*H)."""
+        space = self.experts[expert].space
+        return x.new_zeros(*x.shape[:2], space.heads * space.head_dim)
 
     def _columns(self, number: int, place: int, group: "_Group", k: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values (B, G, T, H) that a group reads, in order."""
@@ -250,8 +256,8 @@ class Pass:
         times = [torch.cat([c.time(run, s.x) for c, s in zip(told, streams, strict=True)], dim=1) for run in runs]
         return Ready(module, phase, alone, [module.condition(time) for time in times])
 
-    def _told(self, expert: str) -> Context:
-        """The hidden states that an expert's live tokens read, with who reads which."""
+    def _told(self, expert: str) -> Context | None:
+        """The hidden states that an expert's live tokens read, with who reads which; None where they read none."""
         rows, edges = self.live[expert], self.graph.edges
         cols = [c for c in self.graph.names if any((r, c) in edges and edges[r, c].via == "hidden" for r in rows)]
         hidden = []
@@ -259,15 +265,20 @@ class Pass:
             states = self.cache[col].hidden
             assert states is not None, f"the hidden states of {col} are not there"
             hidden.append(states.detach() if any((r, col) in edges and edges[r, col].detach for r in rows) else states)
-        whole, present = torch.cat(hidden, dim=1), [self.cache[c].present for c in cols]
+        if not cols:
+            return None
+        context, present = self.experts[expert].inform(torch.cat(hidden, dim=1)), [self.cache[c].present for c in cols]
         if all((r, c) in edges for r in rows for c in cols) and all(p is None for p in present):
-            return self.experts[expert].inform(whole, None)
-        read = torch.tensor([[(r, c) in edges for c in cols] for r in rows], device=whole.device)
-        read = read.repeat_interleave(torch.tensor(self.lengths[expert], device=whole.device), dim=0)
-        read = read.repeat_interleave(torch.tensor([h.shape[1] for h in hidden], device=whole.device), dim=1)
+            return context
+        device = hidden[0].device
+        read = torch.tensor([[(r, c) in edges for c in cols] for r in rows], device=device)
+        read = read.repeat_interleave(torch.tensor(self.lengths[expert], device=device), dim=0)
+        read = read.repeat_interleave(torch.tensor([h.shape[1] for h in hidden], device=device), dim=1)
         there = [torch.ones_like(h[..., 0], dtype=torch.bool) if p is None else p for h, p in zip(hidden, present, strict=True)]
-        mask = (read & torch.cat(there, dim=1)[:, None])[:, None]
-        return self.experts[expert].inform(whole, bias(mask, whole.dtype) if self.still else mask)
+        mask = read & torch.cat(there, dim=1)[:, None]
+        return replace(
+            context, mask=bias(mask[:, None], hidden[0].dtype) if self.still else mask[:, None], deaf=~mask.any(-1, keepdim=True)
+        )
 
 
 @dataclass(frozen=True)

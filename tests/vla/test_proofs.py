@@ -10,6 +10,11 @@ NAMES = {p.stem for p in (CONFIGS / "model").glob("*.yaml")}
 SPECS = sorted(name for name in NAMES if name.removesuffix("_tiny") not in NAMES - {name})
 """A published-size spec is proved through its tiny variant, which need not be proved twice."""
 
+HIDDEN = {"cross": {"first": 0, "every": 2, "reads": "hidden"}}
+AFTER = {"cross": {"first": 0, "every": 1, "reads": "hidden", "place": "after", "adapter": "mlp"}}
+WORDS = {"tokens": "features", "width": 12, "length": 5}
+"""Layers that read final hidden states in place of keys, or after them; a context."""
+
 VARIANTS = {
     "plain": {},
     "block_causal": {"edges": {"action": {"action": "block_causal"}}},
@@ -27,6 +32,52 @@ VARIANTS = {
     "longer_than_the_vlm": {"experts": {"act": {"depth": 3}}, "couple": {"act": {}}},
     "cross_layers": {"experts": {"act": {"cross": {}}}},
     "restart": {"streams": {"action": {"positions": "restart"}, "future": {"positions": "restart"}}},
+    "final_hidden": {
+        "experts": {"gen": {"width": 32}, "act": HIDDEN | {"depth": 4}},
+        "edges": {"action": {"obs": {"via": "hidden"}, "future": {"via": "hidden"}}},
+    },
+    "final_hidden_detached": {"experts": {"act": HIDDEN}, "edges": {"action": {"obs": {"via": "hidden", "detach": True}, "future": None}}},
+    "context_after_attention": {"experts": {"act": AFTER}, "streams": {"words": WORDS}, "edges": {"action": {"words": {"via": "hidden"}}}},
+    "made_of_hidden": {
+        "experts": {"gen": {"width": 40}},
+        "streams": {"said": {"expert": "gen", "tokens": "hidden", "of": "obs", "length": 16, "encoder": "mlp3"}},
+        "edges": {"said": {"said": "full"}, "future": {"obs": None, "said": "full"}},
+    },
+    "noisy_and_clean_copies": {
+        "experts": {"gen": {"time": "adaptive_norm"}},
+        "streams": {
+            "future": {"tokens": "frames", "encoder": "linear", "advances": False},
+            "drawn": {"expert": "gen", "tokens": "clean", "of": "future", "length": 8, "ids": "one"},
+        },
+        "edges": {"drawn": {"obs": "full", "drawn": "full"}, "action": {"future": None, "drawn": "full"}},
+        "heads": {"future": {"time_distribution": "logit_normal"}},
+    },
+    "tables_of_time": {"experts": {"act": {"time": "adaln", "norm": "layer_plain", "qk_norm": "whole", "bias": True, "gated": False}}},
+    "time_in_attention_alone": {"experts": {"act": {"time": "attention_norm", "norm": "layer", "bias": "ffn"}}},
+    "three_axes": {
+        "experts": {"gen": {"axes": [4, 2, 2]}, "act": {"axes": []}},
+        "streams": {"future": {"grid": [2, 2, 2], "positions": "restart", "start": 1}, "action": {"table": 3}},
+    },
+    "interleaved": {
+        "sequence": [{"stream": "future", "length": 4}, {"stream": "state", "length": 1}, {"stream": "future", "length": 4}],
+        "streams": {"state": {"positions": "continue"}},
+        "edges": {"future": {"future": "block_causal", "state": "block_causal"}, "state": {"state": "full", "future": "causal"}},
+        "schedule": {
+            "see": {"kind": "prefill", "streams": ["obs"]},
+            "imagine": {"kind": "regress", "streams": ["future", "state"]},
+            "act": {"kind": "denoise", "streams": ["action"]},
+        },
+    },
+    "perturbed": {"experts": {"und": {"allow_perturb": True}}, "edges": {"obs": {"future": "full"}, "future": {"obs": None}}},
+    "registers": {
+        "streams": {"notes": {"expert": "act", "tokens": "queries", "length": 3, "time_of": "action"}},
+        "edges": {"notes": {"obs": "full", "notes": "full", "action": "full"}, "action": {"notes": "full"}},
+        "schedule": {
+            "see": {"kind": "prefill", "streams": ["obs", "state"]},
+            "imagine": {"kind": "regress", "streams": ["future"]},
+            "act": {"kind": "denoise", "streams": ["notes", "action"]},
+        },
+    },
 }
 
 

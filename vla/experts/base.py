@@ -32,12 +32,18 @@ class Context:
 
     Attributes:
         keys, values: (B, G, S, H) per layer of the expert; None where the layer reads none.
-        mask: (B or 1, 1, T, S), True where a token may read; None where all may.
+        mask: (B or 1, 1, T, S), True where a token may read, or what is added to the scores; None where all may.
+        deaf: (B or 1, T, 1), True for tokens that read nothing; None where there are none.
     """
 
     keys: tuple[Tensor | None, ...]
     values: tuple[Tensor | None, ...]
-    mask: Tensor | None
+    mask: Tensor | None = None
+    deaf: Tensor | None = None
+
+    def silenced(self, heard: Tensor) -> Tensor:
+        """What was heard, with nothing for tokens that read nothing."""
+        return heard if self.deaf is None else heard.masked_fill(self.deaf, 0.0)
 
 
 class Expert(nn.Module, ABC):
@@ -70,8 +76,8 @@ class Expert(nn.Module, ABC):
         """Others' rotated keys and values (B, G, T, H), projected anew by such a layer."""
         raise NotImplementedError(f"{type(self).__name__} has no such layers")
 
-    def inform(self, hidden: Tensor, mask: Tensor | None) -> Context:
-        """Final hidden states of others (B, S, W) and who may read them, made ready for all layers."""
+    def inform(self, hidden: Tensor) -> Context:
+        """Final hidden states of others (B, S, W) made ready for all layers."""
         raise NotImplementedError(f"{type(self).__name__} has no such layers")
 
     def hear(self, layer: int, x: Tensor, context: Context, condition: Tensor | None) -> Tensor:

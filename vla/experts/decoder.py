@@ -192,20 +192,20 @@ class Decoder(Expert):
         k, v = (linear(t.transpose(1, 2).flatten(2)) for linear, t in ((part.k, keys), (part.v, values)))
         return self._heads(k, part.k_norm), self._heads(v)
 
-    def inform(self, hidden: Float[Tensor, "B S W"], mask: Tensor | None) -> Context:
+    def inform(self, hidden: Float[Tensor, "B S W"]) -> Context:
         told = self.adapter(hidden)
         keys, values = [], []
         for layer in range(self.depth):
             part = self._layer(layer).cross
             keys.append(None if part is None else self._heads(part.k(told), part.k_norm))
             values.append(None if part is None else self._heads(part.v(told)))
-        return Context(tuple(keys), tuple(values), mask)
+        return Context(tuple(keys), tuple(values))
 
     def hear(self, layer: int, x: Float[Tensor, "B T D"], context: Context, condition: Tensor | None) -> Float[Tensor, "B T NH"]:
         part, keys, values = self._cross(layer), context.keys[layer], context.values[layer]
         assert keys is not None and values is not None
         normed = self._layer(layer).attention_norm.modulated(x, condition) if part.norm is None else part.norm(x)
-        return attend(self._heads(part.q(normed), part.q_norm), keys, values, context.mask)
+        return context.silenced(attend(self._heads(part.q(normed), part.q_norm), keys, values, context.mask))
 
     def finish(
         self,
@@ -218,7 +218,7 @@ class Decoder(Expert):
         part = self._layer(layer)
         x = x + part.attention_norm.gated(part.o(attended), condition)
         if context is not None and part.cross is not None and part.cross.o is not None:
-            x = x + part.cross.o(self.hear(layer, x, context, condition))
+            x = x + context.silenced(part.cross.o(self.hear(layer, x, context, condition)))
         up = part.gate_up(part.ffn_norm.modulated(x, condition))
         left, right = up.chunk(2, dim=-1) if self.config.gated else (up, None)
         inner = self._activate(left) if right is None else self._activate(left) * right
