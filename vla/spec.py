@@ -195,12 +195,12 @@ class Stream(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Stream":
+        if self.expert is None and self.tokens not in ("features", "state"):
+            raise ValueError(f"a context holds features or state, not {self.tokens}; name the expert that processes it")
         if (self.expert is None or self.tokens == "features") != (self.width is not None):
             raise ValueError("width is that of features and of a context (a stream without an expert), and only theirs")
         if (self.tokens == "words") != (self.vocabulary is not None):
             raise ValueError("vocabulary is the number of ids of a stream of words, and only theirs")
-        if self.expert is None and self.tokens not in ("features", "state"):
-            raise ValueError(f"a context holds features or state, not {self.tokens}; name the expert that processes it")
         if (self.tokens in ("present", "clean", "hidden")) != (self.of is not None):
             raise ValueError("of names the stream that tokens of kind present, clean or hidden are made of, and only theirs")
         if self.grid is not None and prod(self.grid) != self.length:
