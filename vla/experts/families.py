@@ -102,12 +102,13 @@ def _plain_phase(text: Any, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sectioned_phase(text: Any, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Qwen2.5-VL: consecutive sections of the channels turn by time, row and column."""
+    """Qwen2.5-VL: consecutive sections of the channels turn by time, row and column (newer transformers join them themselves)."""
+    cos, sin = text.rotary_emb(x, ids)
+    if cos.ndim == 3:
+        return cos, sin
     sections = text.config.rope_parameters["mrope_section"] * 2
-    cos, sin = (
-        torch.cat([part[i % 3] for i, part in enumerate(phase.split(sections, dim=-1))], dim=-1) for phase in text.rotary_emb(x, ids)
-    )
-    return cos, sin
+    joined = [torch.cat([part[i % 3] for i, part in enumerate(phase.split(sections, dim=-1))], dim=-1) for phase in (cos, sin)]
+    return joined[0], joined[1]
 
 
 def _smolvlm_images(model: Any, pixels: Tensor) -> Seen:
