@@ -30,6 +30,10 @@ def show(
         print_renderable(drawn)
 
 
+def _short(value: object) -> object:
+    return f"{value:.0e}" if isinstance(value, float) else value
+
+
 @app.command()
 def check(
     specs: Annotated[list[str], typer.Argument(help="Names in configs/model, or paths to YAML files.")],
@@ -42,8 +46,10 @@ def check(
     if json:
         print_json(result)
     else:
-        columns = list(result["rows"][0])
-        print_table("Proofs", columns, ([row[column] for column in columns] for row in result["rows"]))
+        columns = {"spec": "spec", "gradient_probe": "gradients", "cache_equivalence": "caches", "expert_parity": "parity"}
+        columns |= {name: name for name in ("frozen", "overfit", "passed")}
+        rows = ([_short(row[column]) for column in columns] for row in result["rows"])
+        print_table("Proofs", list(columns.values()), rows)
     if not all(row["passed"] for row in result["rows"]):
         sys.exit(1)
 

@@ -1,6 +1,7 @@
 """A spec as people read it: tables for the terminal, one drawing for reports."""
 
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
-RELATION_COLOURS = {"full": "#4477aa", "causal": "#66ccee", "block_causal": "#228833", "own_block": "#ccbb44"}
+RELATION_COLOURS = {"full": "#4477aa", "causal": "#66ccee", "block_causal": "#228833", "own_block": "#ccbb44", "hidden": "#aa3377"}
 """Paul Tol's bright palette: told apart by colour-blind readers."""
 
 
@@ -82,15 +83,26 @@ def show(name: str, png: Path | None = None, overrides: list[str] | None = None)
     for n, p in graph.phases.items():
         kept = ", ".join(graph.cached()[n]) or "nothing"
         phases.add_row(n, p.kind, ", ".join(p.streams), kept, f"{p.steps or 10} steps" if p.kind == "denoise" else "once an observation")
-    experts = Table("expert", "made of", "steps", "meets others in", "parameters", "trained", title="experts")
+    experts = Table("expert", "made of", "steps", "joint", title="experts")
+    for column in ("parameters", "trained"):
+        experts.add_column(column, justify="right", no_wrap=True)
     for n, counts in data["experts"].items():
         config = spec.experts[n]
-        made = f"decoder, {config.depth} layers of {config.width}" if isinstance(config, DecoderExpert) else config.weights
+        made = f"{config.depth} layers of {config.width}" if isinstance(config, DecoderExpert) else config.weights
         where = (_ranges(counts["steps"]), _ranges(counts["joint"]))
         experts.add_row(n, made, *where, f"{counts['parameters']:,}", f"{counts['trained']:,}")
     experts.add_row("heads, encoders", "", "", "", f"{data['heads_and_encoders']:,}", f"{data['heads_and_encoders']:,}")
     experts.add_row("all", "", "", "", f"{data['parameters']:,}", f"{data['trained']:,}")
-    return Group(Text(f"{spec.name}  graph {data['graph_hash']}", style="bold"), Text(spec.about.strip()), streams, matrix, phases, experts)
+    parts: list[RenderableType] = [
+        Text(f"{spec.name}  graph {data['graph_hash']}", style="bold"),
+        Text(spec.about.strip()),
+        streams,
+        matrix,
+        phases,
+    ]
+    if spec.modes:
+        parts.append(Text(f"modes, each a schedule of its own: {', '.join(spec.modes)}"))
+    return Group(*parts, experts)
 
 
 def draw(spec: Spec) -> str:
@@ -106,36 +118,38 @@ def figure(spec: Spec) -> "Figure":
     import numpy as np
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     graph = Graph(spec)
-    names = graph.names
-    lengths = [spec.streams[n].length for n in names]
-    edges = np.cumsum([0, *lengths])
-    picture = np.ones((edges[-1], edges[-1], 3))
-    mask = graph.mask(names, names, {})
-    allowed = np.ones((edges[-1], edges[-1]), bool) if mask is None else mask[0, 0].numpy()
-    for (row, col), edge in graph.edges.items():
-        r, c = names.index(row), names.index(col)
-        part = (slice(edges[r], edges[r + 1]), slice(edges[c], edges[c + 1]))
-        picture[part][allowed[part]] = to_rgb(RELATION_COLOURS[edge.relation])
+    cols, rows = graph.names, tuple(graph.owner)  # contexts read nothing
+    lengths = {n: spec.streams[n].length for n in cols}
+    across, down = (_readable([lengths[n] for n in names]) for names in (cols, rows))
 
     fig = Figure(figsize=(9.6, 4.6), layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=[1, 1.1])
-    scale = _readable(lengths)
-    left.pcolormesh(scale, scale, np.zeros((len(names), len(names))), alpha=0)
-    for r in range(len(names)):
-        for c in range(len(names)):
-            block = picture[edges[r] : edges[r + 1], edges[c] : edges[c + 1]]
-            left.imshow(block, extent=(scale[c], scale[c + 1], scale[r + 1], scale[r]), aspect="auto", interpolation="nearest")
-    middles = [(scale[i] + scale[i + 1]) / 2 for i in range(len(names))]
-    labels = [f"{n}\n{length}" for n, length in zip(names, lengths, strict=True)]
-    left.set(xlim=(0, scale[-1]), xticks=middles, xticklabels=labels, xlabel="is read")
-    left.set(ylim=(scale[-1], 0), yticks=middles, yticklabels=labels, ylabel="reads")
+    left.pcolormesh(across, down, np.zeros((len(rows), len(cols))), alpha=0)
+    seen = []
+    for (row, col), edge in graph.edges.items():
+        kind = "hidden" if edge.via == "hidden" else edge.relation
+        seen.append(kind)
+        mask = None if kind == "hidden" else graph.mask([row], [col], {})
+        allowed = np.ones((lengths[row], lengths[col]), bool) if mask is None else mask[0, 0].numpy()
+        block = np.where(allowed[..., None], to_rgb(RELATION_COLOURS[kind]), 1.0)
+        r, c = rows.index(row), cols.index(col)
+        left.imshow(block, extent=(across[c], across[c + 1], down[r + 1], down[r]), aspect="auto", interpolation="nearest")
+    for names, borders, axis in ((cols, across, left.xaxis), (rows, down, left.yaxis)):
+        axis.set_ticks([(a + b) / 2 for a, b in itertools.pairwise(borders)], [f"{n}\n{lengths[n]}" for n in names])
+    left.set(xlim=(0, across[-1]), xlabel="is read", ylim=(down[-1], 0), ylabel="reads")
     left.set_title(f"{spec.name}: who reads whom", fontsize=10, loc="left")
-    for at in scale[1:-1]:
-        left.axhline(at, color="#bbbbbb", lw=0.8)
+    for at in across[1:-1]:
         left.axvline(at, color="#bbbbbb", lw=0.8)
+    for at in down[1:-1]:
+        left.axhline(at, color="#bbbbbb", lw=0.8)
     left.tick_params(length=0, labelsize=8)
+    if len(cols) > 6:
+        left.tick_params(axis="x", rotation=45)
+    patches = [Patch(color=RELATION_COLOURS[kind], label=kind.replace("_", " ")) for kind in dict.fromkeys(seen)]
+    right.legend(handles=patches, loc="lower left", fontsize=8, frameon=False, ncols=len(patches))
     _phases(right, graph)
     return fig
 
@@ -160,4 +174,7 @@ def _phases(axes: Any, graph: Graph) -> None:
         text = f"{name}: {phase.kind} {', '.join(phase.streams)}  ({often}, expert {experts})"
         axes.text(0.2, i + 0.3, text, fontsize=9, va="center", bbox=box)
         if kept[name]:
-            axes.text(0.6, i + 0.75, f"keeps K/V of {', '.join(kept[name])}", fontsize=8, va="center", color="#555555")
+            hidden = [s for s in kept[name] if graph.informs(s, graph.names)]
+            keys = [s for s in kept[name] if s not in hidden]
+            told = [f"{what} of {', '.join(of)}" for what, of in (("K/V", keys), ("hidden states", hidden)) if of]
+            axes.text(0.6, i + 0.75, f"keeps {', '.join(told)}", fontsize=8, va="center", color="#555555")
