@@ -1,21 +1,31 @@
 """The one attention function, and rotary positions."""
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+LONG = 1024
+"""Rows from which on a masked forward on a GPU skips blocks of the mask that are empty."""
 
 
 def attend(
     q: Float[Tensor, "B N Tq H"],
     k: Float[Tensor, "B G Tk H"],
     v: Float[Tensor, "B G Tk H"],
-    mask: Bool[Tensor, "#B 1 Tq Tk"] | Float[Tensor, "#B 1 Tq Tk"] | None,
+    mask: Bool[Tensor, "#B 1 Tq Tk"] | Float[Tensor, "#B 1 Tq Tk"] | BlockMask | None,
 ) -> Float[Tensor, "B Tq NH"]:
     """Grouped-query attention over the shared space, scaled by 1/sqrt(H).
 
-    ``mask`` is True where a row may read, or what is added to the scores (``bias``).
+    ``mask`` is True where a row may read, or what is added to the scores (``bias``), or the blocks of it that are not empty (``blocks``).
     """
+    if isinstance(mask, BlockMask):
+        return _compiled()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(2)
     batch, heads, rows, size = q.shape
     groups = heads // k.shape[1]
     if q.device.type == "cpu" and rows < 256:  # few rows: the products beat the fused kernel, most of all its backward
@@ -33,6 +43,20 @@ def attend(
             v = v.repeat_interleave(groups, dim=1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
+
+
+def blocks(mask: Bool[Tensor, "#B 1 Tq Tk"]) -> BlockMask:
+    """A boolean mask for FlexAttention, which computes the blocks of 128 x 128 tokens in which anything may be read.
+
+    Made once for all layers of a forward. For CUDA: on a CPU FlexAttention has no backward (torch 2.11).
+    """
+    batch, _, rows, columns = mask.shape
+    return create_block_mask(lambda b, h, i, j: mask[b, 0, i, j], batch, None, rows, columns, device=str(mask.device))
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention
 
 
 def bias(mask: Bool[Tensor, "*S"], dtype: torch.dtype) -> Float[Tensor, "*S"]:

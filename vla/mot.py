@@ -6,8 +6,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
-from .attention import attend, bias
+from .attention import LONG, attend, bias, blocks
 from .experts.base import Context, Expert
 from .experts.decoder import Decoder
 from .experts.ready import Ready, ReadyDecoder, suits
@@ -237,8 +238,14 @@ class Pass:
             x = self.tokens[members[0]].x
             read = [c for c in cols if any((r, c) in step.edges or r == c for r in members)]
             mask = self.graph.mask(members, read, present, x.device, step.edges) if read else None
-            out.append(_Group(members, read, adapter, detached, bias(mask, x.dtype) if self.still and mask is not None else mask))
+            out.append(_Group(members, read, adapter, detached, None if mask is None else self._quick(mask, x)))
         return out
+
+    def _quick(self, mask: Tensor, x: Tensor) -> Tensor | BlockMask:
+        """A mask as it is fastest to apply."""
+        if self.still:
+            return bias(mask, x.dtype)
+        return blocks(mask) if mask.is_cuda and mask.shape[2] >= LONG else mask
 
     def _ready(self, expert: str, clocks: Mapping[str, Clock] | None) -> Ready:
         """An expert with what it needs of positions and flow times."""
@@ -288,14 +295,14 @@ class _Group:
     Attributes:
         cols: what they read; detached: those of it through which no gradient goes.
         adapter: the expert that projects the keys anew.
-        mask: True where a row may read, or what is added to the scores; None where all may be read.
+        mask: as ``attend`` takes it; None where all may be read.
     """
 
     rows: list[str]
     cols: list[str]
     adapter: str | None
     detached: frozenset[str]
-    mask: Tensor | None
+    mask: Tensor | BlockMask | None
 
 
 @dataclass(frozen=True)
