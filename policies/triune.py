@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,11 @@ class Undrawn(TorchFunctionMode):
 
 @dataclass
 class _Session:
+    """``seen``: the views (V, 3, Y, X) of each call of the past that is still looked at, the oldest first."""
+
     seed: int
     step: int = 0
+    seen: list[torch.Tensor] = field(default_factory=list)
 
 
 class TriunePolicy(Policy):
@@ -61,6 +64,12 @@ class TriunePolicy(Policy):
         self.prompts = prompt_encoder(model, self.settings)
         self.image_token = model.vlm(next(n for n, s in model.spec.streams.items() if s.tokens == "prompt")).image_token
         self.sessions: dict[str, _Session] = {}
+        history = model.spec.history
+        if history.frames > 1 and contract.executed != history.every:
+            raise UserError(
+                f"{model.spec.name} looks back {history.every} steps at a time, and is asked every {contract.executed} (executed): "
+                "frames in between are not shown to it; make history.every and executed the same"
+            )
         self.device = next(model.parameters()).device
 
     def reset(self, session: str, seed: int) -> None:
@@ -80,15 +89,20 @@ class TriunePolicy(Policy):
     @torch.no_grad()
     def _plan(self, requests: list[Request]) -> list[Plan]:
         began = time.perf_counter()
-        padded = requests + [requests[-1]] * (BATCH - len(requests))
-        inputs = self.inputs([r.observation for r in padded])
+        past = [self.sessions[r.session].seen if r.session in self.sessions else [] for r in requests]
+        missing = BATCH - len(requests)
+        padded = requests + requests[-1:] * missing
+        inputs = self.inputs([r.observation for r in padded], past + past[-1:] * missing)
         drawn = [self._noise(r) for r in padded]
         noise = {n: torch.from_numpy(np.stack([d[n] for d in drawn])).to(self.device) for n in drawn[0]}
         encoded = time.perf_counter()
         outputs = infer(self.model, inputs, noise)
         assert outputs.actions is not None
         for request in requests:
-            self.sessions[request.session].step += 1
+            session, frames = self.sessions[request.session], self.model.spec.history.frames
+            session.step += 1
+            if frames > 1:
+                session.seen = [*session.seen, self._seen(request.observation)][1 - frames :]
         actions = self.action.unnormalise(outputs.actions.float().cpu().numpy()[..., : self.contract.action.size])
         timing = {"encode": 1e3 * (encoded - began), "model": 1e3 * (time.perf_counter() - encoded)}
         rate = self.contract.rate or 0.0
@@ -97,24 +111,33 @@ class TriunePolicy(Policy):
             for i, r in enumerate(requests)
         ]
 
-    def inputs(self, observations: Sequence[Observation]) -> Inputs:
+    def inputs(self, observations: Sequence[Observation], past: Sequence[list[torch.Tensor]] | None = None) -> Inputs:
         """Observations as the model's inputs.
+
+        Args:
+            past: for each, the views of calls before it, the oldest first; where they are too few the first one stands for them.
 
         Raises:
             UserError: a camera is missing or has another size, or the state has another length than the contract says.
         """
         for observation in observations:
             _check(observation, self.contract)
-        views = self.model.spec.cameras
-        images = torch.stack([torch.stack([self._view(o, c) for c in views]) for o in observations])
+        spec, views = self.model.spec, self.model.spec.cameras
+        frames = [[*seen, self._seen(o)] for o, seen in zip(observations, past or [[]] * len(observations), strict=True)]
+        filled = [seen[:1] * (spec.history.frames - len(seen)) + seen for seen in frames]
+        images = torch.stack([torch.stack(seen, dim=1).flatten(0, 1) for seen in filled])
         state: np.ndarray = self.state.normalise(np.stack([o.state for o in observations])).astype(np.float32)
-        ids, present = self.prompts([self._text(o, row) for o, row in zip(observations, state, strict=True)], len(views))
+        ids, present = self.prompts([self._text(o, row) for o, row in zip(observations, state, strict=True)], spec.views)
         seen = torch.tensor([[c in o.images for c in views] for o in observations])
         if not seen.all():  # image tokens stand in the order of the views, as many of each
             slots = ids == self.image_token
             present[slots] = seen.repeat_interleave(int(slots[0].sum()) // len(views), dim=1).flatten()
         padded = np.pad(state, ((0, 0), (0, self.model.spec.state_dim - state.shape[1])))
         return Inputs(images.to(self.device), ids.to(self.device), present.to(self.device), torch.from_numpy(padded).to(self.device))
+
+    def _seen(self, observation: Observation) -> torch.Tensor:
+        """The views of one observation, (V, 3, Y, X), cameras in the spec's order."""
+        return torch.stack([self._view(observation, camera) for camera in self.model.spec.cameras])
 
     def _view(self, observation: Observation, camera: str) -> torch.Tensor:
         """The picture of one camera, (3, Y, X) from 0 to 255; black where it is absent."""

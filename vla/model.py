@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError
-from .experts import Decoder, Expert, PretrainedVLM
+from .experts import Bridge, Decoder, Expert, PretrainedVLM
 from .flow import flow_loss, interpolate, table
 from .foresight import LatentForesight
 from .graph import Graph
@@ -24,7 +24,7 @@ class Inputs:
     """What the streams are made of. A field is needed only where a live stream is made of it.
 
     Attributes:
-        images: (B, V, 3, Y, X), uint8 or float from 0 to 255, views in the spec's camera order.
+        images: (B, V, 3, Y, X), uint8 or float from 0 to 255, views as in ``Spec.views``.
         ids: token ids (B, T) of the prompt or the words; present: (B, T) bool, False on padding.
         state: normalised proprioception (B, S).
         latents: patches (B, T, P) of the present frames, where foresight needs them; encoded from ``images`` where absent.
@@ -176,7 +176,8 @@ class Model(nn.Module):
             return inputs
         assert inputs.images is not None, f"the streams {', '.join(names)} need images"
         module = modules[0]
-        views = [self.spec.cameras.index(camera) for camera in module.head.cameras]
+        frames = self.spec.history.frames
+        views = [frames * self.spec.cameras.index(camera) + frames - 1 for camera in module.head.cameras]
         return replace(inputs, latents=module.encode(inputs.images[:, views]).to(next(module.parameters()).dtype))
 
     def presence(self, inputs: Inputs) -> dict[str, Tensor | None]:
@@ -430,13 +431,18 @@ def _experts(spec: Spec, graph: Graph) -> dict[str, Expert]:
     for name, config in spec.experts.items():
         if isinstance(config, DecoderExpert):
             experts[name] = Decoder(config, config.space or spec.space, _source(name, spec, graph, experts))
+    steps = graph.steps({name: expert.depth for name, expert in experts.items()})
+    for name, config in spec.experts.items():
+        if isinstance(config, DecoderExpert) and config.bridge != "none":
+            meets = [step for step in steps if any(_apart(name, graph.owner[r], graph.owner[c]) for r, c in step.edges)]
+            experts[name] = Bridge(experts[name], spec.space, [step.layers[name] for step in meets], config.bridge == "linear_norm")
     keyed = [{graph.owner[row], graph.owner[col]} for (row, col), edge in graph.edges.items() if edge.via == "keys"]
     met = {name for pair in keyed if len(pair) > 1 for name in pair}
     for name, expert in experts.items():
         if name in met and expert.space != spec.space:
             raise UserError(
                 f"{spec.name}: the weights of expert '{name}' live in the attention space {expert.space!r}; "
-                f"set the spec's space to it (it is {spec.space!r})"
+                f"set the spec's space to it, or give the expert a bridge (the space is {spec.space!r})"
             )
     return {name: experts[name] for name in spec.experts}
 
@@ -457,6 +463,11 @@ def _source(name: str, spec: Spec, graph: Graph, experts: Mapping[str, Expert]) 
             f"{spec.name}: expert '{name}' reads hidden states of different widths ({', '.join(f'{c} {w}' for c, w in widths.items())})"
         )
     return next(iter(widths.values()), None)
+
+
+def _apart(name: str, reader: str, read: str) -> bool:
+    """Whether an expert is one of two that read each other."""
+    return reader != read and name in (reader, read)
 
 
 def _batch(inputs: Inputs, noisy: Mapping[str, Noisy], cache: Cache) -> tuple[int, torch.device]:

@@ -231,7 +231,8 @@ class Pass:
             seen = [c for c in cols if (row, c) in step.edges or row == c]
             detached = frozenset(c for c in seen if (row, c) in step.edges and self.graph.edges[row, c].detach)
             adapter = self.owner[row] if self.owner[row] in step.crossed else None
-            space = self.experts[self.owner[row]].space  # experts that never meet may have spaces of their own
+            expert = self.owner[row]  # where experts do not meet they may have spaces of their own
+            space = self.experts[expert].space_of(step.layers[expert])
             groups.setdefault((adapter, space, bool(seen), detached), []).append(row)
         out = []
         for (adapter, _, _, detached), members in groups.items():

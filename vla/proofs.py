@@ -48,11 +48,13 @@ def probe(model: Model, batch: int = 2, seed: int = 0) -> Probe:
     spec, streams = model.spec, model.spec.streams
     size = _image_size(model)
     ids, present = _prompt(model, batch, size, rng)
-    images = torch.randint(0, 256, (batch, len(spec.cameras), 3, size, size), generator=rng, dtype=torch.uint8)
+    images = torch.randint(0, 256, (batch, spec.views, 3, size, size), generator=rng, dtype=torch.uint8)
     shapes = model.flow_shapes()
     actions = next((shapes[n] for n in model.actions), (1, 1))
     state = torch.randn(batch, spec.state_dim, generator=rng)
-    targets = Targets(torch.randn(batch, *actions, generator=rng), torch.ones(batch, actions[0], dtype=torch.bool), images)
+    targets = Targets(
+        torch.randn(batch, *actions, generator=rng), torch.ones(batch, actions[0], dtype=torch.bool), images[:, :: spec.history.frames]
+    )
     time = {n: draw_times((batch, 1), Flow(time_distribution="uniform"), rng).expand(batch, length) for n, (length, _) in shapes.items()}
     noise = {n: torch.randn(batch, *shape, generator=rng) for n, shape in shapes.items()}
     latents = None
@@ -268,7 +270,7 @@ def _prompt(model: Model, batch: int, size: int, rng: torch.Generator) -> tuple[
         return _words(model, batch, rng)
     stream, vlm = model.spec.streams[name], model.vlm(name)
     rows, columns = vlm.grid((size, size))
-    views = (rows * columns + 1) * len(model.spec.cameras)
+    views = (rows * columns + 1) * model.spec.views
     ids = torch.randint(0, vlm.model.config.get_text_config().vocab_size, (batch, stream.length), generator=rng)
     ids = torch.where(ids == vlm.image_token, ids - 1, ids)
     is_image = torch.arange(stream.length) % (rows * columns + 1) < rows * columns

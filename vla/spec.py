@@ -107,7 +107,8 @@ class TimeFeatures(Strict):
 class DecoderExpert(Strict):
     """Our own pre-norm transformer, trained from scratch or loaded with converted weights.
 
-    ``space``: its own attention space, where it meets no other expert in keys. ``norm``: RMS with a weight, layer norm with weight
+    ``space``: its own attention space; where it meets others in keys, a ``bridge`` maps it into the shared one and back: ``linear``
+    (HBridge) or with a layer norm behind (DeepVision). ``norm``: RMS with a weight, layer norm with weight
     and bias, or without. ``qk_norm``: of each head, of the ``whole`` projection, or none. ``activation``: of the FFN, ``gated``
     (SwiGLU, Gemma's GeGLU) or not. ``bias``: of all projections, or of the FFN's alone. ``axes``: rotary channels per axis of its
     positions, by default all of one; an empty list turns nothing.
@@ -121,6 +122,7 @@ class DecoderExpert(Strict):
     depth: PositiveInt
     ffn: PositiveInt
     space: Space | None = None
+    bridge: Literal["none", "linear", "linear_norm"] = "none"
     norm: Literal["rms", "layer", "layer_plain"] = "rms"
     norm_eps: PositiveFloat = 1e-6
     final_norm: bool = True
@@ -135,6 +137,14 @@ class DecoderExpert(Strict):
     time_features: TimeFeatures = TimeFeatures()
     frozen: bool = False
     allow_perturb: bool = False
+
+    @model_validator(mode="after")
+    def _bridged(self) -> "DecoderExpert":
+        if self.bridge != "none" and (self.space is None or (self.cross is not None and self.cross.place == "instead")):
+            raise ValueError(
+                "a bridge leads from a space of the expert's own, and not to layers that read in place of keys; set space alone"
+            )
+        return self
 
     def crosses(self, layer: int) -> bool:
         """Whether a layer is one of ``cross``."""
@@ -339,11 +349,19 @@ class Phase(Strict):
 Schedule = dict[str, Phase]
 
 
+class History(Strict):
+    """How many ``frames`` of each camera are seen, ``every`` so many control steps, the present one the last of them."""
+
+    frames: PositiveInt = 1
+    every: PositiveInt = 1
+
+
 class Spec(Strict):
     """A whole model. See ``configs/model/`` for the systems that are written in it.
 
     ``sequence``: streams that stand interleaved, piece by piece; there ``causal`` means earlier in the sequence, and a piece, or a run
     that says so, is a block.
+    ``history``: what is seen of the past; before an episode's beginning its first frame stands.
     ``schedule``: the phases of inference, derived from the edges where it is not given. ``modes``: other schedules of the same
     weights.
     """
@@ -357,6 +375,7 @@ class Spec(Strict):
     heads: dict[str, Head]
     state_dim: PositiveInt
     cameras: tuple[str, ...]
+    history: History = History()
     couple: dict[str, Coupling] = {}
     sequence: tuple[Piece | Run, ...] = ()
     schedule: Schedule | None = None
@@ -425,6 +444,11 @@ class Spec(Strict):
         if stream.tokens not in needed:
             wanted = " or ".join(f"'{tokens}'" for tokens in needed)
             raise ValueError(f"heads.{name} is a {head.kind} head, so streams.{name}.tokens must be {wanted}, not '{stream.tokens}'")
+
+    @property
+    def views(self) -> int:
+        """Images that are seen: of each camera in order, the oldest first."""
+        return len(self.cameras) * self.history.frames
 
     @property
     def pieces(self) -> list[tuple[Piece, int]]:

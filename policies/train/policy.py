@@ -150,7 +150,8 @@ class PolicyTask:
             kept = self.prefix.view(torch.int16).numpy()[variant, self.present.rows(frames)]
             batch["prefix"] = torch.from_numpy(kept).view(torch.bfloat16)
         else:
-            views = self.images[frames] if self.recipe.augment is None else augment(self.images[frames], self.recipe.augment, rng)
+            views = self._views(frames)
+            views = views if self.recipe.augment is None else augment(views, self.recipe.augment, rng)
             batch["images"] = torch.from_numpy(views).permute(0, 1, 4, 2, 3)
         return batch
 
@@ -201,7 +202,7 @@ class PolicyTask:
         """Prompt ids and presence of every frame, (frames, T)."""
         encoder = prompt_encoder(self.module)
         tasks = [e.task for e in self.dataset.episodes]
-        ids, present = encoder([prompt(self.contract, task) for task in tasks], len(self.spec.cameras))
+        ids, present = encoder([prompt(self.contract, task) for task in tasks], self.spec.views)
         owner = torch.repeat_interleave(torch.arange(len(tasks)), torch.tensor([e.length for e in self.dataset.episodes]))
         return ids[owner], present[owner]
 
@@ -217,6 +218,14 @@ class PolicyTask:
             with self._autocast():
                 parts.append(module.encode(self._pixels(self.images[frames][:, views])).half().cpu().numpy())
         return np.concatenate(parts)
+
+    def _views(self, frames: np.ndarray) -> np.ndarray:
+        """Images (B, V, H, W, 3) seen at frames of the dataset: the past of each camera (``spec.History``), the oldest first."""
+        history = self.spec.history
+        starts = np.array([e.start for e in self.dataset.episodes])
+        first = starts[np.searchsorted(starts, frames, side="right") - 1]
+        past = [np.maximum(frames - back * history.every, first) for back in range(history.frames - 1, -1, -1)]
+        return np.stack([self.images[at] for at in past], axis=2).reshape(len(frames), -1, *self.images.shape[2:])
 
     def _latents(self, frames: np.ndarray) -> Tensor:
         """Patches (B, T, P) of frames of the dataset."""
@@ -246,7 +255,8 @@ class PolicyTask:
         for variant in range(variants):
             rng = np.random.default_rng(np.random.SeedSequence([recipe.train.seed, variant, 2]))
             for rows, frames in parts_of(self.present.frames, "frozen prefixes"):
-                views = self.images[frames] if variant == 0 or recipe.augment is None else augment(self.images[frames], recipe.augment, rng)
+                views = self._views(frames)
+                views = views if variant == 0 or recipe.augment is None else augment(views, recipe.augment, rng)
                 inputs = Inputs(self._pixels(views), ids[frames].to(self.device), present[frames].to(self.device))
                 with self._autocast():
                     _, kv = self.module.mot(self.module.embed([stream], inputs), {}, keep=[stream])

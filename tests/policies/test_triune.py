@@ -184,3 +184,33 @@ def test_augmentation_is_a_function_of_its_generator() -> None:
     np.testing.assert_array_equal(first, again)
     assert first.dtype == np.uint8 and not np.array_equal(first, images)
     np.testing.assert_array_equal(augment(images, Augment(brightness=0, contrast=0, saturation=0), np.random.default_rng(1)), images)
+
+
+def test_the_past_is_seen(recipe_tree: dict, tmp_path: Path) -> None:
+    """Two frames of each camera, three control steps apart: in training the dataset's, in use those of the call before."""
+    tree = merge(recipe_tree, {"overrides": {"history": {"frames": 2, "every": 3}, "streams": {"obs": {"length": 40}}}, "augment": None})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    task = PolicyTask(Recipe.model_validate(tree), tmp_path / "out")
+    views = task._views(np.array([0, 4, 11]))  # of episodes of nine frames
+    np.testing.assert_array_equal(views, task.images[[[0, 0], [1, 4], [9, 11]]].swapaxes(1, 2).reshape(3, 4, SIDE, SIDE, 3))
+
+    policy = load_policy(run(str(tmp_path / "recipe.yaml"), [], tmp_path / "out", resume=False))
+    seen: list[torch.Tensor] = []
+    inputs = policy.inputs
+
+    def watched(*given):
+        seen.append(inputs(*given).images[0])
+        return inputs(*given)
+
+    policy.inputs = watched  # type: ignore[method-assign]
+    policy.reset("s", 0)
+    plans = [policy.act(Request("s", observation(i))).chunk.actions for i in range(3)]
+    frames = [torch.from_numpy(np.stack(list(observation(i).images.values()))).permute(0, 3, 1, 2) for i in range(3)]
+    for now, before, images in zip((0, 1, 2), (0, 0, 1), seen, strict=True):
+        assert torch.equal(images, torch.stack([frames[before], frames[now]], dim=1).flatten(0, 1))
+    policy.reset("s", 0)  # forgets
+    np.testing.assert_array_equal(policy.act(Request("s", observation(0))).chunk.actions, plans[0])
+    other = merge(tree, {"executed": 2})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(other))
+    with pytest.raises(UserError, match="looks back 3 steps at a time, and is asked every 2"):
+        run(str(tmp_path / "recipe.yaml"), [], tmp_path / "other", resume=False)

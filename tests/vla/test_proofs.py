@@ -68,6 +68,11 @@ VARIANTS = {
             "act": {"kind": "denoise", "streams": ["action"]},
         },
     },
+    "bridged_in_the_middle": {
+        "experts": {"gen": {"space": {"heads": 2, "kv_heads": 1, "head_dim": 12}, "bridge": "linear", "depth": 3}, "act": {"depth": 3}},
+        "couple": {"gen": {"joint": [1, 2]}, "act": {}, "und": {"first": 1}},
+    },
+    "aligned": {"experts": {"gen": {"space": {"heads": 6, "kv_heads": 2, "head_dim": 4}, "bridge": "linear_norm"}}},
     "perturbed": {"experts": {"und": {"allow_perturb": True}}, "edges": {"obs": {"future": "full"}, "future": {"obs": None}}},
     "registers": {
         "streams": {"notes": {"expert": "act", "tokens": "queries", "length": 3, "time_of": "action"}},

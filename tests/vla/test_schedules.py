@@ -220,6 +220,8 @@ def test_times_are_bent_and_weighed_as_wan_does() -> None:
         ({"heads": {"future": {"autoencoder": None}}}, "give either the autoencoder, or the channels"),
         ({"schedule": {"a": {"kind": "prefill", "streams": ["obs"], "steps": 3}}}, "are for denoise phases, not for prefill"),
         ({"schedule": {"a": {"kind": "denoise", "streams": ["action"], "period": 3}}}, "a denoise phase runs at every call"),
+        ({"experts": {"gen": {"bridge": "linear"}}}, "a bridge leads from a space of the expert's own"),
+        ({"experts": {"gen": {"space": {"heads": 2, "kv_heads": 1, "head_dim": 12}}}}, "or give the expert a bridge"),
         ({"edges": {"obs": {"future": "full"}}}, "or say allow_perturb: true"),
     ],
 )  # fmt: skip

@@ -56,6 +56,10 @@ class Expert(nn.Module, ABC):
     depth: int
     space: Space
 
+    def space_of(self, layer: int) -> Space:
+        """The space in which a layer's tokens attend."""
+        return self.space
+
     @abstractmethod
     def condition(self, time: Tensor | None) -> Tensor | None:
         """What the layers need to know of ``time`` (B, T), computed once per forward."""
