@@ -17,7 +17,7 @@ from ..data import ActionChunk, Contract, Normaliser, Observation, Statistics, V
 from ..data.transforms import Affine
 from ..errors import UserError
 from ..vla import Inputs, Model, Spec, build
-from ..vla.engine import infer
+from ..vla.engine import Memory, infer, infer_again
 from ..vla.experts.pretrained import PromptEncoder
 from ..vla.spec import PretrainedExpert
 from ..vla.weights import anchor
@@ -43,11 +43,13 @@ class Undrawn(TorchFunctionMode):
 
 @dataclass
 class _Session:
-    """``seen``: the views (V, 3, Y, X) of each call of the past that is still looked at, the oldest first."""
+    """``seen``: the views (V, 3, Y, X) of each call of the past that is still looked at, the oldest first. ``memory``: what phases
+    that do not run at every call left."""
 
     seed: int
     step: int = 0
     seen: list[torch.Tensor] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
 
 
 class TriunePolicy(Policy):
@@ -64,6 +66,8 @@ class TriunePolicy(Policy):
         self.prompts = prompt_encoder(model, self.settings)
         self.image_token = model.vlm(next(n for n, s in model.spec.streams.items() if s.tokens == "prompt")).image_token
         self.sessions: dict[str, _Session] = {}
+        slow = any(phase.period > 1 for phase in model.graph.phases.values())
+        self.batch = 1 if slow else BATCH  # each session's slow phases are due at calls of its own
         history = model.spec.history
         if history.frames > 1 and contract.executed != history.every:
             raise UserError(
@@ -82,21 +86,24 @@ class TriunePolicy(Policy):
             UserError: a session was never reset, or an observation does not fit the contract.
         """
         plans: list[Plan] = []
-        for start in range(0, len(requests), BATCH):
-            plans += self._plan(requests[start : start + BATCH])
+        for start in range(0, len(requests), self.batch):
+            plans += self._plan(requests[start : start + self.batch])
         return plans
 
     @torch.no_grad()
     def _plan(self, requests: list[Request]) -> list[Plan]:
         began = time.perf_counter()
         past = [self.sessions[r.session].seen if r.session in self.sessions else [] for r in requests]
-        missing = BATCH - len(requests)
+        missing = self.batch - len(requests)
         padded = requests + requests[-1:] * missing
         inputs = self.inputs([r.observation for r in padded], past + past[-1:] * missing)
         drawn = [self._noise(r) for r in padded]
         noise = {n: torch.from_numpy(np.stack([d[n] for d in drawn])).to(self.device) for n in drawn[0]}
         encoded = time.perf_counter()
-        outputs = infer(self.model, inputs, noise)
+        if self.batch == 1:
+            outputs = infer_again(self.model, inputs, noise, self.sessions[requests[0].session].memory, requests[0].observation.timestamp)
+        else:
+            outputs = infer(self.model, inputs, noise)
         assert outputs.actions is not None
         for request in requests:
             session, frames = self.sessions[request.session], self.model.spec.history.frames

@@ -1,5 +1,6 @@
 """From a dataset to a policy's answer: the recipe, the checkpoint, the contract of plans."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +215,29 @@ def test_the_past_is_seen(recipe_tree: dict, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(other))
     with pytest.raises(UserError, match="looks back 3 steps at a time, and is asked every 2"):
         run(str(tmp_path / "recipe.yaml"), [], tmp_path / "other", resume=False)
+
+
+def test_a_slow_vlm_is_read_as_it_was(recipe_tree: dict, tmp_path: Path) -> None:
+    """It looks at every second call of each session, whoever else asks; the rest runs at every call."""
+    phases = {"see": {"kind": "prefill", "streams": ["obs"], "period": 2}, "feel": {"kind": "prefill", "streams": ["state"]}}
+    phases |= {"imagine": {"kind": "regress", "streams": ["future"]}, "act": {"kind": "denoise", "streams": ["action"], "steps": 3}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(merge(recipe_tree, {"overrides": {"schedule": phases}}), sort_keys=False))
+    policy = load_policy(run(str(tmp_path / "recipe.yaml"), [], tmp_path / "out", resume=False))
+    first, second = observation(0), observation(1)
+    mixed = replace(second, images=first.images)  # what the second call has seen and felt
+
+    def answers(*observations: Observation) -> list[np.ndarray]:
+        policy.reset("a", 0)
+        policy.reset("b", 1)
+        plans = [policy.plan([Request("b", first), Request("a", o)])[1] for o in observations]
+        return [plan.chunk.actions for plan in plans]
+
+    told, seen = answers(first, second, second), answers(first, mixed, second)
+    np.testing.assert_array_equal(told[1], seen[1])
+    np.testing.assert_array_equal(told[2], seen[2])
+    assert not np.array_equal(answers(first, first)[1], told[1])  # it feels the present
+    fast = load_policy(tmp_path / "out")
+    fast.batch = 4  # without periods
+    for name in ("a", "b"):
+        fast.reset(name, "ab".index(name))
+    np.testing.assert_allclose(fast.act(Request("a", first)).chunk.actions, told[0], atol=1e-5)
