@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from triune import UserError
+from triune.config import CONFIGS
 from triune.vla import Graph
 
 
@@ -128,3 +129,13 @@ def test_steps_say_which_layers_meet(make_spec) -> None:
 def test_layers_that_cannot_meet_are_refused(couple: dict, depths: dict[str, int], message: str, make_spec) -> None:
     with pytest.raises(UserError, match=message):
         Graph(make_spec(couple=couple)).steps(depths)
+
+
+def test_a_system_costs_few_lines_and_the_readme_counts_them() -> None:
+    text = (CONFIGS.parent / "vla" / "README.md").read_text()
+    rows = {cells[1].strip(" `"): cells for line in text.splitlines() if line.startswith("| `") and len(cells := line.split("|")) == 7}
+    for path in sorted((CONFIGS / "model").glob("*.yaml")):
+        lines = len(path.read_text().splitlines())
+        assert lines <= 60, path
+        if not path.stem.endswith("_tiny"):
+            assert int(rows[path.stem][4]) == lines, path
