@@ -224,16 +224,20 @@ class Pass:
         return [n for n in self.past if self.owner[n] in there] + live
 
     def _grouped(self, rows: list[str], cols: list[str], step: Step) -> list["_Group"]:
-        """Live rows grouped by who projects the keys anew for them and by the columns that are detached, each group with its mask."""
+        """Live rows grouped by who projects the keys anew for them and by the columns that are detached, each group with its mask.
+
+        Without gradients rows that read other columns are apart, too: whoever reads all there is of its columns then needs no mask.
+        """
         present = {n: self.tokens[n].present if n in self.tokens else self.cache[n].present for n in cols}
-        groups: dict[tuple[str | None, Space, bool, frozenset[str]], list[str]] = {}
+        groups: dict[tuple[str | None, Space, bool | frozenset[str], frozenset[str]], list[str]] = {}
+        train = torch.is_grad_enabled()
         for row in rows:
             seen = [c for c in cols if (row, c) in step.edges or row == c]
             detached = frozenset(c for c in seen if (row, c) in step.edges and self.graph.edges[row, c].detach)
             adapter = self.owner[row] if self.owner[row] in step.crossed else None
             expert = self.owner[row]  # where experts do not meet they may have spaces of their own
             space = self.experts[expert].space_of(step.layers[expert])
-            groups.setdefault((adapter, space, bool(seen), detached), []).append(row)
+            groups.setdefault((adapter, space, bool(seen) if train else frozenset(seen), detached), []).append(row)
         out = []
         for (adapter, _, _, detached), members in groups.items():
             x = self.tokens[members[0]].x

@@ -1,6 +1,7 @@
 """The denoise loop: what its plan prepares equals the model step by step, and what a step does not do."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from triune.vla import build, load_spec
 from triune.vla.engine import Plan, Request, infer
 from triune.vla.flow import grid
 from triune.vla.model import Noisy
-from triune.vla.mot import Clock
+from triune.vla.mot import Clock, Pass
 from triune.vla.narrow import PatchProduct, narrow
 from triune.vla.proofs import TOLERANCE, probe
 
@@ -93,6 +94,22 @@ def test_a_run_neither_waits_nor_selects_nor_allocates_keys(name: str) -> None:
             )  # no keys of the prefix are joined to the live ones
             assert _buffers(plan) == before
     assert before or not any(model.graph.edges[r, c].via == "keys" for r, c in model.graph.edges if r in phase.streams)
+
+
+def test_streams_that_read_all_need_no_mask(make_spec) -> None:
+    """Prompt and proprioception run in one phase and read each other's columns differently: two products, no mask."""
+    model = build(make_spec(edges={"obs": {"obs": "full"}, "state": {"obs": "full"}})).eval()
+    data = probe(model)
+    inputs = replace(data.inputs, present=None)
+    names = next(iter(model.graph.phases.values())).streams
+    assert names == ("obs", "state")
+    masks = []
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            body = Pass(model.mot, tokens := model.embed(names, inputs), {})
+            body.run({n: t.x for n, t in tokens.items()}, keep=names)
+            masks.append([[group.mask for group in groups] for groups in body._groups.values()])
+    assert masks[0] == [[None, None]] and len(masks[1][0]) == 1 and masks[1][0][0] is not None
 
 
 def test_the_watch_sees() -> None:

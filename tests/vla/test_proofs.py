@@ -112,6 +112,13 @@ def test_frozen_expert_stays(make_spec) -> None:
     assert frozen(build(make_spec())) == []
 
 
+def test_frozen_modules_stay_in_evaluation_mode(make_spec) -> None:
+    """Dropout of a frozen VLM would make its keys noise."""
+    model = build(make_spec()).train()
+    assert not any(module.training for module in model.mot.experts["und"].modules())
+    assert model.mot.experts["act"].training and not model.eval().mot.experts["act"].training
+
+
 def test_a_trained_expert_is_not_called_frozen(make_spec) -> None:
     model = build(make_spec(experts={"und": {"frozen": False}}))
     assert any("und" in name for name in model.trained())
