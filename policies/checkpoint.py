@@ -37,6 +37,13 @@ MEND = "copy the checkpoint again from where it came, or train it anew"
 T = TypeVar("T", bound=Strict)
 
 
+class GraphInfo(Strict):
+    """The attention graph that was trained: row -> column -> relation, and its hash."""
+
+    hash: str
+    matrix: dict[str, dict[str, str]]
+
+
 class PolicyInfo(Strict):
     """What ``policy.json`` says.
 
@@ -46,6 +53,7 @@ class PolicyInfo(Strict):
         weights: name of an expert or tokenizer -> the pretrained weights it stands on.
         settings: whatever else the policy needs to be built again.
         source: where a converted policy comes from.
+        graph: the attention graph that was trained.
     """
 
     format: Literal[1] = 1
@@ -53,6 +61,7 @@ class PolicyInfo(Strict):
     weights: dict[str, Reference] = {}
     settings: dict[str, JsonValue] = {}
     source: dict[str, str] = {}
+    graph: GraphInfo | None = None
 
 
 class Manifest(Strict):
@@ -146,6 +155,7 @@ def write_checkpoint(
     references: Mapping[str, Reference],
     settings: Mapping[str, JsonValue] | None = None,
     source: Mapping[str, str] | None = None,
+    graph: GraphInfo | None = None,
 ) -> None:
     """Write a deployable checkpoint, without golden observations, into an existing folder.
 
@@ -156,11 +166,12 @@ def write_checkpoint(
         references: pretrained weights by name, as ``vla.weights.make_reference`` gives them.
         settings: JSON values.
         source: where a converted policy comes from.
+        graph: the attention graph of the spec.
     """
     from safetensors.torch import save_file
 
     versions = {name: version(name) for name in ("triune-vla", "torch", "transformers", "safetensors")}
-    info = PolicyInfo(versions=versions, weights=dict(references), settings=dict(settings or {}), source=dict(source or {}))
+    info = PolicyInfo(versions=versions, weights=dict(references), settings=dict(settings or {}), source=dict(source or {}), graph=graph)
     write_file(folder / "spec.yaml", spec)
     write_file(folder / "contract.json", contract.model_dump_json(indent=2))
     write_file(folder / "statistics.json", json.dumps(dict(statistics), indent=2, allow_nan=False))

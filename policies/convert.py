@@ -26,7 +26,7 @@ from ..vla.weights.released import LAYOUTS, Layout, Shapes, spec_changes, vlm_co
 from .checkpoint import read_checkpoint, write_checkpoint, write_golden
 from .inputs import Settings
 from .released import PROMPTS, Released, read_cameras, read_config, read_resize, read_steps, read_tensors, read_vector, read_words
-from .triune import anchored, from_checkpoint
+from .triune import anchored, from_checkpoint, graph_info
 
 VLM = "vlm"  # the folder in the checkpoint that holds what the VLM needs
 UND = "mot.experts.und.model."
@@ -85,6 +85,7 @@ def convert(source: Path, out: Path, tokenizer: Path | None = None) -> Contract:
             references={"und": Reference(kind="vlm", ref=f"path:{VLM}", sha256=digest(folder / VLM))},
             settings=Settings(resize=resize, words=read_words(source, before)).model_dump(mode="json"),
             source=_origin(source, config),
+            graph=graph_info(spec),
         )
         policy = from_checkpoint(read_checkpoint(folder))
         if policy.prompts([TEXT], 0)[0][0].tolist()[: len(ids := words(TEXT)["input_ids"])] != ids:

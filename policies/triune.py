@@ -16,13 +16,13 @@ from ..config import load_tree, parse
 from ..data import ActionChunk, Contract, Normaliser, Observation, Statistics, Vector
 from ..data.transforms import Affine
 from ..errors import UserError
-from ..vla import Inputs, Model, Spec, build
+from ..vla import Graph, Inputs, Model, Spec, build
 from ..vla.engine import Memory, infer, infer_again
 from ..vla.experts.pretrained import PromptEncoder
 from ..vla.spec import PretrainedExpert
 from ..vla.weights import anchor
 from .base import Plan, Policy, Request
-from .checkpoint import Checkpoint, read_checkpoint
+from .checkpoint import Checkpoint, GraphInfo, read_checkpoint
 from .inputs import PlainPrompts, Settings
 
 BATCH = 4
@@ -220,6 +220,7 @@ def from_checkpoint(checkpoint: Checkpoint, cuts: tuple[tuple[str, str], ...] = 
     for name in checkpoint.info.weights:
         checkpoint.reference(name)  # the frozen weights must be those that were trained with
     spec = anchored(parse(Spec, load_tree(checkpoint.spec), checkpoint.spec), checkpoint.folder)
+    _check_graph(spec, checkpoint)
     settings = parse(Settings, checkpoint.info.settings, checkpoint.folder / "policy.json")
     drawn = any(isinstance(e, PretrainedExpert) and e.fresh and e.frozen for e in spec.experts.values())  # again, rather than stored
     with nullcontext() if drawn else Undrawn():
@@ -229,6 +230,26 @@ def from_checkpoint(checkpoint: Checkpoint, cuts: tuple[tuple[str, str], ...] = 
     statistics = {key: kinds[key].model_validate(value) for key, value in checkpoint.statistics.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return TriunePolicy(model.to(device), checkpoint.contract, statistics, settings)
+
+
+def graph_info(spec: Spec) -> GraphInfo:
+    """The attention graph of ``spec`` as a checkpoint keeps it."""
+    graph = Graph(spec)
+    return GraphInfo(hash=graph.hash(), matrix=graph.table())
+
+
+def _check_graph(spec: Spec, checkpoint: Checkpoint) -> None:
+    """Refuse to run another graph than was trained, whatever became of the words in between."""
+    trained, now = checkpoint.info.graph, Graph(spec).table()
+    if trained is None or trained.matrix == now:
+        return
+    odd = [
+        f"{row} <- {col}" for row in trained.matrix for col in trained.matrix[row] if now.get(row, {}).get(col) != trained.matrix[row][col]
+    ]
+    raise UserError(
+        f"{checkpoint.folder}: spec.yaml says another attention graph than was trained ({', '.join(odd) or 'other streams'}); "
+        f"put the spec back, or use triune-vla {checkpoint.info.versions['triune-vla']}, which wrote it"
+    )
 
 
 def anchored(spec: Spec, folder: Path) -> Spec:

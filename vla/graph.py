@@ -21,6 +21,9 @@ class Own:
     reach: Tensor
 
 
+BLOCKS = ("block_causal", "own_block", "earlier_block")
+"""Relations between blocks of tokens."""
+
 Edges = frozenset[tuple[str, str]]
 
 
@@ -115,7 +118,10 @@ class Graph:
                 f"{self.spec.name}: the experts' depths differ ({', '.join(f'{n} {depths[n]}' for n in loose)}), so their layers do not "
                 "meet one to one; say in couple where they stand (first, every, joint)"
             )
-        where = {name: range(c.first, c.first + c.every * depths[name], c.every) for name, c in couple.items()}
+        where: dict[str, Sequence[int]] = {n: c.steps or range(c.first, c.first + c.every * depths[n], c.every) for n, c in couple.items()}
+        for name, steps in where.items():
+            if len(steps) != depths[name]:
+                raise UserError(f"{self.spec.name}: couple.{name}.steps names {len(steps)} steps, the expert has {depths[name]} layers")
         where |= {name: range(depths[name]) for name in depths if name not in couple}
         for name, c in couple.items():
             if c.joint is not None and not set(range(*c.joint)) & set(where[name]):
@@ -143,7 +149,7 @@ class Graph:
 
         Returns:
             (B or 1, 1, T_rows, T_cols), or None when every row token reads every column token. A row that could read
-            nothing at all (an absent token of its own stream) reads itself, so that softmax stays finite.
+            nothing at all (an absent token of its own stream, a first block) reads itself, so that softmax stays finite.
         """
         held = {pair for pair, edge in self.edges.items() if edge.via == "keys"} if edges is None else edges
         simple = all((r, c) in held and self.edges[r, c].relation == "full" for r in rows for c in cols)
@@ -151,13 +157,12 @@ class Graph:
             return None
         blocks = [torch.cat([self._block(row, col, (row, col) in held, device) for col in cols], dim=1) for row in rows]
         allowed = torch.cat(blocks, dim=0)[None]
+        own = torch.cat([torch.cat([self._own(r, c, device) for c in cols], dim=1) for r in rows], dim=0)[None]
         if any(present.get(c) is not None for c in cols):
             batch = next(p.shape[0] for c in cols if (p := present.get(c)) is not None)
             columns = [self._presence(c, present.get(c), batch, device) for c in cols]
             allowed = allowed & torch.cat(columns, dim=1)[:, None, :]
-            own = torch.cat([torch.cat([self._own(r, c, device) for c in cols], dim=1) for r in rows], dim=0)[None]
-            allowed = allowed | (own & ~allowed.any(-1, keepdim=True))
-        return allowed[:, None]
+        return (allowed | (own & ~allowed.any(-1, keepdim=True)))[:, None]
 
     def positions(
         self,
@@ -221,6 +226,10 @@ class Graph:
     def matrix(self) -> list[list[str]]:
         """The explicit stream matrix: relation by which row reads column, '-' for nothing, '*' marks a detached edge."""
         return [[self._symbol(row, col) for col in self.names] for row in self.names]
+
+    def table(self) -> dict[str, dict[str, str]]:
+        """``matrix`` by name: row -> column -> relation."""
+        return {row: dict(zip(self.names, cells, strict=True)) for row, cells in zip(self.names, self.matrix(), strict=True)}
 
     def hash(self) -> str:
         """12 hex digits over streams, lengths, relations and phases; part of every checkpoint."""
@@ -288,11 +297,11 @@ class Graph:
                     out.append((piece.stream, slice(start, start + piece.length)))
         return out
 
-    def _order(self, name: str, block: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    def _order(self, name: str, device: torch.device | None) -> tuple[Tensor, Tensor]:
         """Of each token its place and its block: in the interleaved sequence with pieces as blocks, or in its own stream."""
         if name not in self.interleaved:
             places = torch.arange(self.spec.streams[name].length, device=device)
-            return places, places // block
+            return places, places // (self.spec.streams[name].block or 1)
         pieces = self.spec.pieces
         blocks = torch.tensor([block for piece, block in pieces for _ in range(piece.length)], device=device)
         mine = torch.tensor([piece.stream == name for piece, _ in pieces for _ in range(piece.length)], device=device)
@@ -357,10 +366,14 @@ class Graph:
                     f"{where}: the expert '{reader.expert}' of {row} is frozen and must not read {col}, "
                     "which would change it; cut the edge, unfreeze it, or say allow_perturb: true"
                 )
-            if edge.relation != "full" and row != col and not {row, col} <= interleaved:
+            inside = row == col or {row, col} <= interleaved
+            if edge.relation in ("causal", "window") and not inside:
                 raise UserError(f"{where}: relation '{edge.relation}' holds inside one stream or sequence only; use 'full'")
-            if edge.relation in ("block_causal", "own_block") and reader.block is None and row not in interleaved:
-                raise UserError(f"{where}: relation '{edge.relation}' needs streams.{row}.block")
+            if edge.relation == "row_causal" and inside:
+                raise UserError(f"{where}: relation 'row_causal' is between two streams; inside one use 'causal'")
+            for name in dict.fromkeys((row, col) if edge.relation in BLOCKS else (row,) if edge.relation == "window" else ()):
+                if self.spec.streams[name].block is None and (name not in interleaved or edge.relation == "window"):
+                    raise UserError(f"{where}: relation '{edge.relation}' needs streams.{name}.block")
             if edge.via == "keys" and owner is None:
                 raise UserError(f"{where}: the context {col} has no keys; read it with {{via: hidden}}")
             cross = expert.cross if isinstance(expert, DecoderExpert) else None
@@ -413,17 +426,20 @@ class Graph:
         edge = self.edges.get((row, col))
         if edge is None or not held:
             return torch.zeros(rows, cols, dtype=torch.bool, device=device)
-        block = self.spec.streams[row].block or 1
-        (i, mine), (j, theirs) = (self._order(name, block, device) for name in (row, col))
+        (i, mine), (j, theirs) = (self._order(name, device) for name in (row, col))
         match edge.relation:
             case "full":
                 return torch.ones(rows, cols, dtype=torch.bool, device=device)
-            case "causal":
+            case "causal" | "row_causal":
                 return j <= i[:, None]
+            case "window":
+                return (j <= i[:, None]) & (j > i[:, None] - (self.spec.streams[row].block or 1))
             case "block_causal":
                 return theirs <= mine[:, None]
             case "own_block":
                 return theirs == mine[:, None]
+            case "earlier_block":
+                return theirs < mine[:, None]
 
     def _own(self, row: str, col: str, device: torch.device | None) -> Tensor:
         rows, cols = self.spec.streams[row].length, self.spec.streams[col].length

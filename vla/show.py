@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 RELATION_COLOURS = {"full": "#4477aa", "causal": "#66ccee", "block_causal": "#228833", "own_block": "#ccbb44", "hidden": "#aa3377"}
+RELATION_COLOURS |= {"row_causal": "#66ccee", "window": "#66ccee", "earlier_block": "#228833"}
 """Paul Tol's bright palette: told apart by colour-blind readers."""
 
 
@@ -35,7 +36,7 @@ def facts(spec: Spec, model: Model | None = None) -> dict[str, Any]:
         "about": spec.about.strip(),
         "graph_hash": graph.hash(),
         "streams": {n: s.model_dump(mode="json") for n, s in spec.streams.items()},
-        "matrix": {row: dict(zip(graph.names, cells, strict=True)) for row, cells in zip(graph.names, graph.matrix(), strict=True)},
+        "matrix": graph.table(),
         "phases": {n: {**p.model_dump(mode="json"), "keeps": list(kept[n])} for n, p in graph.phases.items()},
         "experts": counts,
         "heads_and_encoders": rest,

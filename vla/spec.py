@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from ..config import Strict, find, load_tree, parse
 from ..errors import UserError
 
-Relation = Literal["full", "causal", "block_causal", "own_block"]
+Relation = Literal["full", "causal", "row_causal", "window", "block_causal", "own_block", "earlier_block"]
 PhaseKind = Literal["prefill", "ar", "regress", "denoise"]
 
 
@@ -157,13 +157,14 @@ Expert = Annotated[PretrainedExpert | DecoderExpert, Field(discriminator="kind")
 class Coupling(Strict):
     """Where an expert's layers stand among the steps of the backbone, and in which of them it meets the others.
 
-    Its layer i runs in step ``first + every * i``. ``joint``: the steps from .. to (exclusive) in which its streams read those of other
-    experts and are read by them, by default all of its own. HBridge leaves out both ends, DeepVision-VLA joins the last layers of
-    experts of unequal depth, SmolVLA's expert can have a layer for every second one of the VLM.
+    Its layer i runs in step ``first + every * i``, or where ``steps`` says. ``joint``: the steps from .. to (exclusive) in which its
+    streams read those of other experts and are read by them, by default all of its own. HBridge leaves out both ends, DeepVision-VLA
+    joins the last layers of experts of unequal depth, SmolVLA's expert can have a layer for every second one of the VLM.
     """
 
     first: NonNegativeInt = 0
     every: PositiveInt = 1
+    steps: tuple[NonNegativeInt, ...] | None = None
     joint: tuple[NonNegativeInt, PositiveInt] | None = None
 
 
@@ -236,9 +237,13 @@ class Run(Strict):
 
 
 class Edge(Strict):
-    """``row: {col: relation}``. ``detach`` stops the gradient from the row into the column's keys and values.
+    """``row: {col: relation}``.
 
-    ``via: hidden`` reads the column's final hidden states in the row's cross layers, not its keys layer by layer.
+    ``relation``: everything (``full``); what is not later (``causal``), of that the last ``block`` tokens (``window``); blocks that are not
+    later, the own block, strictly earlier blocks. Within a stream or a sequence; between two streams blocks are counted in each, and
+    ``row_causal`` lets row k read tokens 0 to k of another (a copy of its prompt, TwinBrainVLA).
+    ``detach`` stops the gradient from the row into the column's keys and values. ``via: hidden`` reads the column's final hidden states
+    in the row's cross layers, not its keys layer by layer.
     """
 
     relation: Relation = "full"

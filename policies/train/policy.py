@@ -27,7 +27,7 @@ from ...vla.mot import KV
 from ...vla.spec import FlowHead, LatentHead, PretrainedExpert
 from ...vla.weights import Reference, make_reference
 from ..checkpoint import read_checkpoint, write_checkpoint, write_golden
-from ..triune import anchored, from_checkpoint, prompt, prompt_encoder
+from ..triune import anchored, from_checkpoint, graph_info, prompt, prompt_encoder
 from .optim import TrainConfig, resolve_device, resolve_precision
 
 Kind = Literal["mean_std", "quantile", "min_max", "none"]
@@ -187,7 +187,13 @@ class PolicyTask:
         statistics = {key: value.model_dump(mode="json") for key, value in self.statistics.items()}
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         write_checkpoint(
-            folder, spec=dump(self.spec), contract=self.contract, statistics=statistics, weights=tensors, references=references(self.spec)
+            folder,
+            spec=dump(self.spec),
+            contract=self.contract,
+            statistics=statistics,
+            weights=tensors,
+            references=references(self.spec),
+            graph=graph_info(self.spec),
         )
         policy = from_checkpoint(read_checkpoint(folder))
         write_golden(folder, policy, self._golden_observations())
@@ -328,6 +334,7 @@ def check_dataset(dataset: Dataset, spec: Spec, recipe: Recipe) -> None:
     Raises:
         UserError: naming the camera, the dimensions or the column that differ.
     """
+    check_spec(spec)
     missing = [c for c in spec.cameras if c not in dataset.cameras]
     if missing:
         raise UserError(
@@ -345,6 +352,22 @@ def check_dataset(dataset: Dataset, spec: Spec, recipe: Recipe) -> None:
                 f"{dataset.path}: '{key}' has {have} dimensions, {spec.name} takes {want} for its {what}; "
                 f"set the spec's {what}_dim or use the robot's own spec"
             )
+
+
+def check_spec(spec: Spec) -> None:
+    """Refuse a spec that takes what this kind of recipe does not make of a dataset.
+
+    Raises:
+        UserError: naming the stream or the head.
+    """
+    given = [f"streams.{n} ({s.tokens})" for n, s in spec.streams.items() if s.tokens in ("features", "words")]
+    given += [f"heads.{n} (latents)" for n, h in spec.heads.items() if isinstance(h, LatentHead) and h.autoencoder is None]
+    if given or not any(s.tokens == "prompt" for s in spec.streams.values()):
+        what = ", ".join(given) or "no prompt"
+        raise UserError(
+            f"{spec.name} takes {what}, which policy recipes do not make of a dataset; they encode prompts by a pretrained VLM and "
+            "frames by the head's autoencoder: use a spec with these, or call Model.losses with tensors of your own"
+        )
 
 
 def references(spec: Spec) -> dict[str, Reference]:

@@ -241,3 +241,27 @@ def test_a_slow_vlm_is_read_as_it_was(recipe_tree: dict, tmp_path: Path) -> None
     for name in ("a", "b"):
         fast.reset(name, "ab".index(name))
     np.testing.assert_allclose(fast.act(Request("a", first)).chunk.actions, told[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("fastwam_tiny", r"streams.text \(features\), heads.video \(latents\)"), ("mot_tiny", r"streams.words \(words\)")]
+)
+def test_a_spec_of_encoded_inputs_is_no_recipe_yet(name: str, what: str, recipe_tree: dict, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{name} takes {what}"):
+        PolicyTask(Recipe.model_validate(merge(recipe_tree, {"spec": name})), tmp_path)
+
+
+def test_another_graph_than_was_trained_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from triune.policies.checkpoint import seal
+
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    tree = yaml.safe_load((folder / "spec.yaml").read_text())
+    assert set(read_checkpoint(folder).info.graph.matrix["action"]) == set(tree["streams"])
+    tree["edges"]["action"]["obs"] = {"relation": "row_causal"}
+    (folder / "spec.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    seal(folder)
+    with pytest.raises(UserError, match="says another attention graph than was trained .action <- obs."):
+        load_policy(folder)

@@ -73,6 +73,12 @@ VARIANTS = {
         "couple": {"gen": {"joint": [1, 2]}, "act": {}, "und": {"first": 1}},
     },
     "aligned": {"experts": {"gen": {"space": {"heads": 6, "kv_heads": 2, "head_dim": 4}, "bridge": "linear_norm"}}},
+    "strictly_earlier_blocks": {
+        "streams": {"future": {"block": 4}, "action": {"block": 3}},
+        "edges": {"future": {"future": "earlier_block"}, "action": {"future": "block_causal", "action": "window"}},
+    },
+    "row_by_row": {"edges": {"action": {"future": "row_causal"}}},
+    "explicit_steps": {"experts": {"act": {"depth": 1}}, "couple": {"act": {"steps": [1]}}},
     "perturbed": {"experts": {"und": {"allow_perturb": True}}, "edges": {"obs": {"future": "full"}, "future": {"obs": None}}},
     "registers": {
         "streams": {"notes": {"expert": "act", "tokens": "queries", "length": 3, "time_of": "action"}},

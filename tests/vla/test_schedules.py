@@ -222,6 +222,8 @@ def test_times_are_bent_and_weighed_as_wan_does() -> None:
         ({"schedule": {"a": {"kind": "denoise", "streams": ["action"], "period": 3}}}, "a denoise phase runs at every call"),
         ({"experts": {"gen": {"bridge": "linear"}}}, "a bridge leads from a space of the expert's own"),
         ({"experts": {"gen": {"space": {"heads": 2, "kv_heads": 1, "head_dim": 12}}}}, "or give the expert a bridge"),
+        ({"edges": {"action": {"action": "row_causal"}}}, "is between two streams"),
+        ({"couple": {"act": {"steps": [0]}}}, "couple.act.steps names 1 steps, the expert has 2 layers"),
         ({"edges": {"obs": {"future": "full"}}}, "or say allow_perturb: true"),
     ],
 )  # fmt: skip
