@@ -120,7 +120,9 @@ class Pass:
         self.told = {e: self._told(e) for e in informed}
         self.inject = {e: _joined_inject([tokens[n] for n in names]) for e, names in self.live.items()}
         self.ready = {e: self._ready(e, clocks) for e in self.live}
-        self._groups: dict[tuple[Edges, frozenset[str]], list[_Group]] = {}  # most steps are alike
+        self.layers = [{e: step.layers[e] for e in self.live if e in step.layers} for step in self.steps]
+        self._groups: dict[int, list[_Group]] = {}
+        self._alike: dict[tuple[Edges, frozenset[str]], int] = {}  # most steps are: the first of each kind
         self._held: dict[tuple[int, int], _Held] = {}
 
     def run(
@@ -128,10 +130,10 @@ class Pass:
     ) -> tuple[dict[str, Tensor], dict[str, KV]]:
         """One run over embeddings (B, T, D) of the live streams; see ``MoT.forward``."""
         wanted = {*outputs, *(n for n in keep if self.graph.informs(n, self.graph.names))}
-        x = {e: torch.cat([streams[n] for n in names], dim=1) for e, names in self.live.items()}
+        x = {e: _cat([streams[n] for n in names], 1) for e, names in self.live.items()}
         kept: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in keep}
         for number, step in enumerate(self.steps):
-            layers = {e: step.layers[e] for e in self.live if e in step.layers}
+            layers = self.layers[number]
             q, k, v = self._project(step, layers, x, run)
             for name in kept:  # one entry a layer, empty where a layer has no keys of its own
                 if self.owner[name] in layers:
@@ -145,7 +147,7 @@ class Pass:
                 if e in step.apart:
                     heard = self._nothing(e, x[e]) if told is None else self.ready[e].hear(layer, x[e], told, run)
                 else:
-                    heard = torch.cat([attended[n] for n in self.live[e]], dim=1)
+                    heard = _cat([attended[n] for n in self.live[e]], 1)
                 x[e] = self.ready[e].finish(layer, x[e], heard, run, told)
                 if layer < len(self.inject[e]):
                     x[e] = x[e] + self.inject[e][layer]
@@ -169,23 +171,25 @@ class Pass:
                 continue
             made = (self.ready[e].ask(layer, x[e], run),) if e in step.crossed else self.ready[e].project(layer, x[e], run)
             for held, whole in zip((q, k, v), made, strict=False):
-                held.update(zip(self.live[e], whole.split(self.lengths[e], dim=2), strict=True))
+                parts = (whole,) if len(self.live[e]) == 1 else whole.split(self.lengths[e], dim=2)
+                held.update(zip(self.live[e], parts, strict=True))
         return q, k, v
 
     def _attend(self, number: int, q: Mapping[str, Tensor], k: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What each live stream reads in a step, (B, T, N*H)."""
         attended: dict[str, Tensor] = {}
-        step = self.steps[number]
-        alike = step.edges, step.crossed | step.apart
-        if alike not in self._groups:
-            self._groups[alike] = self._grouped(list(q), self._readable(step, list(k)), step)
-        for place, group in enumerate(self._groups[alike]):
-            asked = torch.cat([q[r] for r in group.rows], dim=2) if len(group.rows) > 1 else q[group.rows[0]]
+        if number not in self._groups:
+            step = self.steps[number]
+            first = self._alike.setdefault((step.edges, step.crossed | step.apart), number)
+            self._groups[number] = self._groups.get(first) or self._grouped(list(q), self._readable(step, list(k)), step)
+        for place, group in enumerate(self._groups[number]):
+            asked = _cat([q[r] for r in group.rows], 2)
             if group.cols:
                 out = attend(asked, *self._columns(number, place, group, k, v), group.mask)
             else:  # a layer without keys of its own, and nobody to read
                 out = torch.zeros_like(asked).transpose(1, 2).flatten(2)
-            attended |= dict(zip(group.rows, out.split([q[r].shape[2] for r in group.rows], dim=1), strict=True))
+            rows = [q[r].shape[2] for r in group.rows]
+            attended |= zip(group.rows, (out,) if len(rows) == 1 else out.split(rows, dim=1), strict=True)
         return attended
 
     def _nothing(self, expert: str, x: Tensor) -> Tensor:
@@ -327,6 +331,11 @@ class _Held:
             places[name] = keys[:, :, start:end], values[:, :, start:end]
             end = start
         return cls(keys, values, places)
+
+
+def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Parts joined; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def _joined_time(streams: list[Tokens]) -> Tensor | None:
