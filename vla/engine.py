@@ -109,6 +109,7 @@ class Captured:
     The prompt stream is padded to the spec's length, so a batch size needs one graph. A captured call is answered from the very
     tensors of ``inputs`` that it was made with, into which each call copies its own. The weights must stay where they are.
 
+    Towers of Qwen-VL and SmolVLM read sizes back to the host (transformers 5.5) and cannot be recorded; give their prefixes in ``cache``.
     Written for CUDA and not yet run on any: where this was made there was none. ``tests/gpu/test_graph.py`` says what must hold.
 
     Args:

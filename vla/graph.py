@@ -1,6 +1,7 @@
 """Everything that follows from who reads whom: order, phases, cache plan, mask, positions, gradient routes."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -303,9 +304,10 @@ class Graph:
             places = torch.arange(self.spec.streams[name].length, device=device)
             return places, places // (self.spec.streams[name].block or 1)
         pieces = self.spec.pieces
-        blocks = torch.tensor([block for piece, block in pieces for _ in range(piece.length)], device=device)
-        mine = torch.tensor([piece.stream == name for piece, _ in pieces for _ in range(piece.length)], device=device)
-        return mine.nonzero()[:, 0], blocks[mine]
+        starts = itertools.accumulate((piece.length for piece, _ in pieces), initial=0)
+        mine = [(start, piece.length, block) for start, (piece, block) in zip(starts, pieces, strict=False) if piece.stream == name]
+        places = torch.cat([torch.arange(start, start + length, device=device) for start, length, _ in mine])
+        return places, torch.cat([torch.full((length,), block, device=device) for _, length, block in mine])
 
     def _pairs(self, pairs: Sequence[tuple[str, str]], own: bool = False) -> Tensor:
         """(N, N) over all tokens: True between all tokens of each (row, col), or with ``own`` between those of the same number."""

@@ -267,10 +267,11 @@ class Pass:
             return Ready(module, phase, alone, [module.condition(_joined_time(streams))])
         told = [clocks[n] for n in self.live[expert]]
         if len(set(told)) == 1 and not told[0].settled and suits(module):
-            return ReadyDecoder(cast(Decoder, module), phase, alone, torch.tensor(told[0].at, device=x.device))
+            times = torch.stack([torch.full((), at, device=x.device) for at in told[0].at])
+            return ReadyDecoder(cast(Decoder, module), phase, alone, times)
         runs = range(len(told[0].at))
-        times = [torch.cat([c.time(run, s.x) for c, s in zip(told, streams, strict=True)], dim=1) for run in runs]
-        return Ready(module, phase, alone, [module.condition(time) for time in times])
+        each = [torch.cat([c.time(run, s.x) for c, s in zip(told, streams, strict=True)], dim=1) for run in runs]
+        return Ready(module, phase, alone, [module.condition(time) for time in each])
 
     def _told(self, expert: str) -> Context | None:
         """The hidden states that an expert's live tokens read, with who reads which; None where they read none."""
@@ -287,9 +288,9 @@ class Pass:
         if all((r, c) in edges for r in rows for c in cols) and all(p is None for p in present):
             return context
         device = hidden[0].device
-        read = torch.tensor([[(r, c) in edges for c in cols] for r in rows], device=device)
-        read = read.repeat_interleave(torch.tensor(self.lengths[expert], device=device), dim=0)
-        read = read.repeat_interleave(torch.tensor([h.shape[1] for h in hidden], device=device), dim=1)
+        sizes = list(zip(rows, self.lengths[expert], strict=True)), [(c, h.shape[1]) for c, h in zip(cols, hidden, strict=True)]
+        allowed = [[torch.full((i, j), (r, c) in edges, device=device) for c, j in sizes[1]] for r, i in sizes[0]]
+        read = torch.cat([torch.cat(row, dim=1) for row in allowed])
         there = [torch.ones_like(h[..., 0], dtype=torch.bool) if p is None else p for h, p in zip(hidden, present, strict=True)]
         mask = read & torch.cat(there, dim=1)[:, None]
         return replace(

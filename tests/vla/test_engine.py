@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from triune import UserError
@@ -112,11 +113,35 @@ def test_streams_that_read_all_need_no_mask(make_spec) -> None:
     assert masks[0] == [[None, None]] and len(masks[1][0]) == 1 and masks[1][0][0] is not None
 
 
+class Constants(TorchFunctionMode):
+    """Counts tensors made of numbers on the host, which a CUDA graph cannot record."""
+
+    made = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made += getattr(func, "__name__", "") in ("tensor", "as_tensor", "from_numpy")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["fastwam_tiny", "hy_vla_tiny", "mot_tiny", "pi0_tiny", "pi05_tiny", "small_60m_tiny"])
+def test_a_whole_call_can_be_recorded(name: str) -> None:
+    """From frames to actions nothing is read back and nothing comes from the host: transformers' towers of Qwen-VL and SmolVLM are not
+    of this kind."""
+    model = build(load_spec(name)).eval()
+    data = probe(model)
+    with Watch() as watch, Constants() as constants:
+        infer(model, data.inputs, data.noise)
+    assert watch.syncs == [] and constants.made == 0
+
+
 def test_the_watch_sees() -> None:
     x = torch.randn(1, 2, 8, 4)
     with Watch() as watch:
         x[x > 0].sum().item()
         torch.cat([x, x], dim=2)
+    with Constants() as constants:
+        torch.tensor([1.0])
+    assert constants.made == 1
     assert {"_local_scalar_dense", "nonzero"} & set(watch.syncs) and watch.selections == ["index"] and watch.joined == 16
 
 

@@ -45,7 +45,7 @@ class LatentForesight(nn.Module):
             autoencoder = _load(reference)
             object.__setattr__(self, "autoencoder", autoencoder)
             self.channels = autoencoder.config.latent_channels
-            self.mean, self.std = _scales(autoencoder)
+            self.mean, self.std = (nn.Buffer(part, persistent=False) for part in _scales(autoencoder))
             self.grid = autoencoder.encode(torch.zeros(1, 3, self.head.image_size, self.head.image_size)).latents.shape[-1]
         per_camera = (self.grid // self.head.patch) ** 2
         if self.grid % self.head.patch or per_camera * len(self.head.cameras) != length:
@@ -88,7 +88,7 @@ class LatentForesight(nn.Module):
             )
         size = self.head.patch
         pixels = (images.flatten(0, 1).float() / 127.5 - 1.0).to(memory_format=torch.channels_last)
-        latents = (self.autoencoder.encode(pixels).latents - self._of(self.mean, pixels)) / self._of(self.std, pixels)
+        latents = (self.autoencoder.encode(pixels).latents - self.mean) / self.std
         patches = latents.unfold(2, size, size).unfold(3, size, size)  # (B*V, K, h, w, p, p)
         patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
         return patches.unflatten(0, (images.shape[0], -1)).flatten(1, 2)
@@ -99,8 +99,8 @@ class LatentForesight(nn.Module):
         size, side, views = self.head.patch, self.grid // self.head.patch, len(self.head.cameras)
         x = patches.unflatten(1, (views, side, side)).unflatten(-1, (self.channels, size, size)).flatten(0, 1)
         latents = x.permute(0, 3, 1, 4, 2, 5).reshape(-1, self.channels, self.grid, self.grid)
-        latents = latents * self._of(self.std, latents) + self._of(self.mean, latents)
-        pixels = self.autoencoder.decode(latents.float()).sample
+        latents = latents.float() * self.std + self.mean
+        pixels = self.autoencoder.decode(latents).sample
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).unflatten(0, (-1, views))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LatentForesight":
@@ -109,9 +109,6 @@ class LatentForesight(nn.Module):
         if self.autoencoder is not None:
             self.autoencoder._apply(fn)
         return self
-
-    def _of(self, values: Tensor, like: Tensor) -> Tensor:
-        return values.to(like.device, like.dtype)[:, None, None]
 
 
 def _load(reference: str) -> Any:
@@ -129,4 +126,4 @@ def _load(reference: str) -> Any:
 
 def _scales(autoencoder: Any) -> tuple[Tensor, Tensor]:
     config = autoencoder.config
-    return torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+    return torch.tensor(config.latents_mean)[:, None, None], torch.tensor(config.latents_std)[:, None, None]
