@@ -5,7 +5,8 @@ L layers, C chunk steps, A action dim, S state dim, V views. Flow time t: 0 is n
 """
 
 from .graph import Graph
-from .model import Inputs, Model, Outputs, build
+from .inputs import Inputs, Outputs
+from .model import Model, build
 from .spec import Spec, load_spec
 
 __all__ = ["Graph", "Inputs", "Model", "Outputs", "Spec", "build", "load_spec"]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from .flow import grid
-from .model import GENERATES, Inputs, Model, Noisy, Outputs
+from .inputs import Inputs, Noisy, Outputs
+from .model import GENERATES, Model
 from .mot import KV, Cache, Clock, Pass
 from .spec import Phase
 

@@ -15,7 +15,8 @@ from ..config import find
 from ..errors import UserError
 from .flow import draw_times
 from .graph import Graph
-from .model import Inputs, Model, Noisy, Targets, build
+from .inputs import Inputs, Noisy, Targets
+from .model import Model, build
 from .spec import Flow, LatentHead, Spec, Stream, load_spec
 
 TOLERANCE = 1e-5

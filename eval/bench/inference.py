@@ -9,7 +9,7 @@ from torch import Tensor
 from ...vla import Model, build, load_spec
 from ...vla.engine import infer
 from ...vla.flow import grid
-from ...vla.model import Noisy
+from ...vla.inputs import Noisy
 from ...vla.narrow import narrow, patches_as_products
 from ...vla.proofs import Probe, probe
 from .peer import Composed

@@ -22,7 +22,7 @@ from ...vla import Inputs, Spec
 from ...vla import build as build_model
 from ...vla.flow import draw_times
 from ...vla.foresight import LatentForesight
-from ...vla.model import Targets
+from ...vla.inputs import Targets
 from ...vla.mot import KV
 from ...vla.spec import FlowHead, LatentHead, PretrainedExpert
 from ...vla.weights import Reference, make_reference

@@ -14,7 +14,7 @@ from triune.config import CONFIGS
 from triune.vla import build, load_spec
 from triune.vla.engine import Plan, Request, infer
 from triune.vla.flow import grid
-from triune.vla.model import Noisy
+from triune.vla.inputs import Noisy
 from triune.vla.mot import Clock, Pass
 from triune.vla.narrow import PatchProduct, narrow
 from triune.vla.proofs import TOLERANCE, probe

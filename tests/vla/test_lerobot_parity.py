@@ -12,7 +12,8 @@ from torch import Tensor
 from triune.vla import Inputs, build, load_spec
 from triune.vla.engine import Request, infer
 from triune.vla.flow import interpolate
-from triune.vla.model import Model, Noisy, Targets
+from triune.vla.inputs import Noisy, Targets
+from triune.vla.model import Model
 from triune.vla.weights.lerobot import fastwam_weights, pi_weights, smolvla_weights
 
 from ..lerobot_peers import (

@@ -11,7 +11,8 @@ from triune import UserError
 from triune.vla import Inputs, build, load_spec
 from triune.vla.engine import Memory, Request, infer, infer_again
 from triune.vla.flow import draw_times, grid, time_weight
-from triune.vla.model import Model, Noisy
+from triune.vla.inputs import Noisy
+from triune.vla.model import Model
 from triune.vla.proofs import Probe, probe
 from triune.vla.spec import Flow
 
