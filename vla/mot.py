@@ -122,7 +122,7 @@ class Pass:
         self.ready = {e: self._ready(e, clocks) for e in self.live}
         self.layers = [{e: step.layers[e] for e in self.live if e in step.layers} for step in self.steps]
         self._groups: dict[int, list[_Group]] = {}
-        self._alike: dict[tuple[Edges, frozenset[str]], int] = {}  # most steps are: the first of each kind
+        self._alike: dict[tuple[Edges, frozenset[str], frozenset[str]], int] = {}  # most steps are: the first of each kind
         self._held: dict[tuple[int, int], _Held] = {}
 
     def run(
@@ -180,7 +180,7 @@ class Pass:
         attended: dict[str, Tensor] = {}
         if number not in self._groups:
             step = self.steps[number]
-            first = self._alike.setdefault((step.edges, step.crossed | step.apart), number)
+            first = self._alike.setdefault((step.edges, step.crossed | step.apart, frozenset(self.layers[number])), number)
             self._groups[number] = self._groups.get(first) or self._grouped(list(q), self._readable(step, list(k)), step)
         for place, group in enumerate(self._groups[number]):
             asked = _cat([q[r] for r in group.rows], 2)
