@@ -27,6 +27,7 @@ from ..data.files import sha256, write_file
 from ..errors import UserError
 from ..vla.weights import Reference, resolve_reference
 from .base import Policy, Request
+from .tuning import Tuning
 
 MANIFEST = "manifest.json"
 PARTS = ("spec.yaml", "contract.json", "statistics.json", "policy.json", "model.safetensors")
@@ -44,6 +45,18 @@ class GraphInfo(Strict):
     matrix: dict[str, dict[str, str]]
 
 
+class Base(Strict):
+    """The checkpoint whose other weights a fine-tuned one stands on.
+
+    Attributes:
+        path: its folder.
+        sha256: of its ``manifest.json``.
+    """
+
+    path: str
+    sha256: str
+
+
 class PolicyInfo(Strict):
     """What ``policy.json`` says.
 
@@ -54,6 +67,8 @@ class PolicyInfo(Strict):
         settings: whatever else the policy needs to be built again.
         source: where a converted policy comes from.
         graph: the attention graph that was trained.
+        base: what it was fine-tuned from, where ``model.safetensors`` holds only what learned then.
+        experts: how their weights learned, where not as the spec says.
     """
 
     format: Literal[1] = 1
@@ -62,6 +77,8 @@ class PolicyInfo(Strict):
     settings: dict[str, JsonValue] = {}
     source: dict[str, str] = {}
     graph: GraphInfo | None = None
+    base: Base | None = None
+    experts: dict[str, Tuning] = {}
 
 
 class Manifest(Strict):
@@ -144,6 +161,21 @@ class Checkpoint:
             raise UserError(f"{self.folder}: policy.json names no weights '{name}' (there are: {known}); {MEND}")
         return resolve_reference(self.info.weights[name], self.folder)
 
+    def lineage(self) -> list["Checkpoint"]:
+        """What it was fine-tuned from, the first one first, and itself.
+
+        Raises:
+            UserError: one of them is not there, or is another one.
+        """
+        if self.info.base is None:
+            return [self]
+        folder, mend = Path(self.info.base.path), "put it back, or merge the two where both are: vla model merge"
+        if not (folder / MANIFEST).is_file():
+            raise UserError(f"{self.folder} was fine-tuned from the checkpoint {folder}, which is not there; {mend}")
+        if sha256(folder / MANIFEST) != self.info.base.sha256:
+            raise UserError(f"{self.folder} was fine-tuned from another checkpoint than the one in {folder} now; {mend}")
+        return [*read_checkpoint(folder).lineage(), self]
+
 
 def write_checkpoint(
     folder: Path,
@@ -156,6 +188,8 @@ def write_checkpoint(
     settings: Mapping[str, JsonValue] | None = None,
     source: Mapping[str, str] | None = None,
     graph: GraphInfo | None = None,
+    base: Path | None = None,
+    experts: Mapping[str, Tuning] | None = None,
 ) -> None:
     """Write a deployable checkpoint, without golden observations, into an existing folder.
 
@@ -167,11 +201,20 @@ def write_checkpoint(
         settings: JSON values.
         source: where a converted policy comes from.
         graph: the attention graph of the spec.
+        base: the checkpoint that holds the weights which did not learn; experts: how the others did.
     """
     from safetensors.torch import save_file
 
     versions = {name: version(name) for name in ("triune-vla", "torch", "transformers", "safetensors")}
-    info = PolicyInfo(versions=versions, weights=dict(references), settings=dict(settings or {}), source=dict(source or {}), graph=graph)
+    info = PolicyInfo(
+        versions=versions,
+        weights=dict(references),
+        settings=dict(settings or {}),
+        source=dict(source or {}),
+        graph=graph,
+        base=None if base is None else Base(path=str(base.resolve()), sha256=sha256(base / MANIFEST)),
+        experts=dict(experts or {}),
+    )
     write_file(folder / "spec.yaml", spec)
     write_file(folder / "contract.json", contract.model_dump_json(indent=2))
     write_file(folder / "statistics.json", json.dumps(dict(statistics), indent=2, allow_nan=False))

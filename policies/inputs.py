@@ -26,11 +26,13 @@ class Resize(Strict):
     width: PositiveInt
     at: Literal["centre", "bottom_right"] = "centre"
 
-    def __call__(self, image: UInt8[Tensor, "3 Y X"]) -> Float[Tensor, "3 H W"]:
+    def __call__(self, images: UInt8[Tensor, "*S 3 Y X"]) -> Float[Tensor, "*S 3 H W"]:
         """Pixels from 0 to 255, not rounded."""
-        ratio = max(image.shape[2] / self.width, image.shape[1] / self.height)
-        size = (int(image.shape[1] / ratio), int(image.shape[2] / ratio))
-        scaled = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
+        rows, columns = images.shape[-2:]
+        ratio = max(columns / self.width, rows / self.height)
+        size = (int(rows / ratio), int(columns / ratio))
+        scaled = F.interpolate(images.reshape(-1, 3, rows, columns).float(), size, mode="bilinear", align_corners=False)
+        scaled = scaled.reshape(*images.shape[:-2], *size)
         below, right = self.height - size[0], self.width - size[1]
         above, left = (below // 2, right // 2) if self.at == "centre" else (below, right)
         return F.pad(scaled, (left, right - left, above, below - above))

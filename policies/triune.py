@@ -1,7 +1,7 @@
 """A spec's model as a Policy: from observation to action chunk."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..vla.weights import anchor
 from .base import Plan, Policy, Request
 from .checkpoint import Checkpoint, GraphInfo, read_checkpoint
 from .inputs import PlainPrompts, Settings
+from .tuning import merge, tune
 
 BATCH = 4
 """Observations per forward. Smaller batches are padded to it: fp32 products of few tokens differ with the batch size, and
@@ -215,21 +216,55 @@ def load_policy(path: str | Path, cuts: tuple[tuple[str, str], ...] = ()) -> Tri
     return from_checkpoint(read_checkpoint(path), cuts)
 
 
-def from_checkpoint(checkpoint: Checkpoint, cuts: tuple[tuple[str, str], ...] = ()) -> TriunePolicy:
-    """The policy of a checkpoint that was read."""
-    for name in checkpoint.info.weights:
-        checkpoint.reference(name)  # the frozen weights must be those that were trained with
+def from_checkpoint(checkpoint: Checkpoint, cuts: tuple[tuple[str, str], ...] = (), device: str | None = None) -> TriunePolicy:
+    """The policy of a checkpoint that was read, on ``device`` or on a GPU when one is present."""
+    settings = parse(Settings, checkpoint.info.settings, checkpoint.folder / "policy.json")
+    model = load_model(checkpoint, spec_of(checkpoint).cut(*cuts))
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return TriunePolicy(model, checkpoint.contract, read_statistics(checkpoint), settings)
+
+
+def spec_of(checkpoint: Checkpoint) -> Spec:
+    """A checkpoint's spec, its paths counted from the checkpoint.
+
+    Raises:
+        UserError: its attention graph is not the one that was trained.
+    """
     spec = anchored(parse(Spec, load_tree(checkpoint.spec), checkpoint.spec), checkpoint.folder)
     _check_graph(spec, checkpoint)
-    settings = parse(Settings, checkpoint.info.settings, checkpoint.folder / "policy.json")
+    return spec
+
+
+def read_statistics(checkpoint: Checkpoint) -> dict[str, Statistics | Affine]:
+    """What normalises a checkpoint's states and actions."""
+    kinds = {key: Affine if "shift" in value else Statistics for key, value in checkpoint.statistics.items()}
+    return {key: kinds[key].model_validate(value) for key, value in checkpoint.statistics.items()}
+
+
+def load_model(checkpoint: Checkpoint, spec: Spec) -> Model:
+    """The model of ``spec``, which has the names and shapes of the checkpoint's own, with the checkpoint's weights; adapters are merged.
+
+    Raises:
+        UserError: the weights of it, or of what it stands on, are missing or others.
+    """
+    lineage = checkpoint.lineage()
+    for part in lineage:
+        for name in part.info.weights:
+            part.reference(name)  # the frozen weights must be those that were trained with
     drawn = any(isinstance(e, PretrainedExpert) and e.fresh and e.frozen for e in spec.experts.values())  # again, rather than stored
     with nullcontext() if drawn else Undrawn():
-        model = build(spec.cut(*cuts))
-    load_trained(model, checkpoint.weights)
-    kinds = {key: Affine if "shift" in value else Statistics for key, value in checkpoint.statistics.items()}
-    statistics = {key: kinds[key].model_validate(value) for key, value in checkpoint.statistics.items()}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return TriunePolicy(model.to(device), checkpoint.contract, statistics, settings)
+        model = build(spec)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for part in lineage:
+        frozen = tuple(f"mot.experts.{n}." for n, e in spec_of(part).experts.items() if e.frozen)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
+        tune(model, part.info.experts)
+        load_trained(model.trained(), part.weights)
+        merge(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in learning)
+    return model
 
 
 def graph_info(spec: Spec) -> GraphInfo:
@@ -260,13 +295,13 @@ def anchored(spec: Spec, folder: Path) -> Spec:
     return parse(Spec, tree, spec.name)
 
 
-def load_trained(model: Model, file: Path) -> None:
-    """Put a checkpoint's trained weights into ``model``.
+def load_trained(own: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Put a checkpoint's trained weights into the parameters ``own``.
 
     Raises:
         UserError: names or shapes are not those of the spec.
     """
-    weights, own = load_file(file), model.trained()
+    weights = load_file(file)
     if weights.keys() != own.keys():
         odd = sorted(weights.keys() ^ own.keys())
         raise UserError(

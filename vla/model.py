@@ -274,11 +274,11 @@ class Model(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def train(self, mode: bool = True) -> "Model":
-        """Frozen experts stay in evaluation mode whatever the rest does."""
+        """Experts of which nothing learns stay in evaluation mode whatever the rest does."""
         super().train(mode)
-        for name, config in self.spec.experts.items():
-            if config.frozen:
-                self.mot.experts[name].eval()
+        for expert in self.mot.experts.values():
+            if not any(parameter.requires_grad for parameter in expert.parameters()):
+                expert.eval()
         return self
 
     def _timed(self, stream: str) -> bool:

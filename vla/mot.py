@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
 
 from .attention import LONG, attend, bias, blocks
 from .experts.base import Context, Expert
@@ -74,7 +75,13 @@ class Clock:
 
 
 class MoT(nn.Module):
-    """Experts joined by shared masked attention, in steps that say which layer of one meets which of another."""
+    """Experts joined by shared masked attention, in steps that say which layer of one meets which of another.
+
+    Attributes:
+        checkpointing: whether a step is computed again in the backward pass, rather than all it made being kept.
+    """
+
+    checkpointing = False
 
     def __init__(self, graph: Graph, experts: Mapping[str, Expert]) -> None:
         super().__init__()
@@ -110,7 +117,7 @@ class Pass:
 
     def __init__(self, mot: MoT, tokens: Mapping[str, Tokens], cache: Cache, clocks: Mapping[str, Clock] | None = None) -> None:
         self.graph, self.experts, self.tokens, self.cache = mot.graph, mot.experts, tokens, cache
-        self.owner, self.still = mot.graph.owner, clocks is not None
+        self.owner, self.still, self.again = mot.graph.owner, clocks is not None, mot.checkpointing
         live = {e: [n for n in self.owner if n in tokens and self.owner[n] == e] for e in mot.experts}
         self.live = {e: names for e, names in live.items() if names}
         self.lengths = {e: [tokens[n].x.shape[1] for n in names] for e, names in self.live.items()}
@@ -132,25 +139,16 @@ class Pass:
         wanted = {*outputs, *(n for n in keep if self.graph.informs(n, self.graph.names))}
         x = {e: _cat([streams[n] for n in names], 1) for e, names in self.live.items()}
         kept: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in keep}
-        for number, step in enumerate(self.steps):
-            layers = self.layers[number]
-            q, k, v = self._project(step, layers, x, run)
+        for number in range(len(self.steps)):
+            ends = number == len(self.steps) - 1 and not wanted
+            if self.again and torch.is_grad_enabled():
+                x, k, v = checkpoint(self._advance, number, x, run, ends, use_reentrant=False)
+            else:
+                x, k, v = self._advance(number, x, run, ends)
             for name in kept:  # one entry a layer, empty where a layer has no keys of its own
-                if self.owner[name] in layers:
+                if self.owner[name] in self.layers[number]:
                     kept[name][0].append(k.get(name, x[self.owner[name]][:, :0]))
                     kept[name][1].append(v.get(name, x[self.owner[name]][:, :0]))
-            if number == len(self.steps) - 1 and not wanted:
-                break
-            attended = self._attend(number, q, k, v)
-            for e, layer in layers.items():
-                told = self.told.get(e)
-                if e in step.apart:
-                    heard = self._nothing(e, x[e]) if told is None else self.ready[e].hear(layer, x[e], told, run)
-                else:
-                    heard = _cat([attended[n] for n in self.live[e]], 1)
-                x[e] = self.ready[e].finish(layer, x[e], heard, run, told)
-                if layer < len(self.inject[e]):
-                    x[e] = x[e] + self.inject[e][layer]
         hidden: dict[str, Tensor] = {}
         for e, names in self.live.items():
             if any(n in wanted for n in names):
@@ -158,6 +156,27 @@ class Pass:
                 hidden |= {n: h for n, h in zip(names, final, strict=True) if n in wanted}
         parts = {n: (tuple(ks), tuple(vs), self.tokens[n].present, self.tokens[n].own, hidden.get(n)) for n, (ks, vs) in kept.items()}
         return {n: hidden[n] for n in outputs}, {n: KV(*part) for n, part in parts.items()}
+
+    def _advance(
+        self, number: int, before: Mapping[str, Tensor], run: int, ends: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """One step: hidden states (B, T, D) of the experts after it, and keys and values of the live streams in it, with which it ``ends``
+        where nobody needs the hidden states."""
+        step, layers, x = self.steps[number], self.layers[number], dict(before)
+        q, k, v = self._project(step, layers, x, run)
+        if ends:
+            return x, k, v
+        attended = self._attend(number, q, k, v)
+        for e, layer in layers.items():
+            told = self.told.get(e)
+            if e in step.apart:
+                heard = self._nothing(e, x[e]) if told is None else self.ready[e].hear(layer, x[e], told, run)
+            else:
+                heard = _cat([attended[n] for n in self.live[e]], 1)
+            x[e] = self.ready[e].finish(layer, x[e], heard, run, told)
+            if layer < len(self.inject[e]):
+                x[e] = x[e] + self.inject[e][layer]
+        return x, k, v
 
     def _project(
         self, step: Step, layers: Mapping[str, int], x: Mapping[str, Tensor], run: int

@@ -70,6 +70,8 @@ class Packed(nn.Module):
     (of the tanh kind) follows within the product. The operations are those that torch.compile uses on CPUs.
     """
 
+    packed = True
+
     def __init__(self, weight: Float[Tensor, "Z D"], bias: Float[Tensor, "Z"] | None = None, gelu: bool = False) -> None:
         super().__init__()
         self.weight: Any = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...config import Strict
 from ...data.readers.scenes import open_scenes
 from .optim import TrainConfig
+from .team import Part
 
 SAMPLE = 512
 """Images that the latents' mean and deviation are measured on."""
@@ -60,9 +61,9 @@ class AutoencoderTask:
         images = open_scenes(recipe.data, recipe.limit).images
         self.images = images.reshape(-1, *images.shape[2:])
 
-    def batch(self, index: int) -> Tensor:
-        generator = np.random.default_rng(np.random.SeedSequence([self.recipe.train.seed, index, 3]))
-        count, crop = self.recipe.train.batch_size, self.recipe.crop
+    def batch(self, part: Part) -> Tensor:
+        generator = np.random.default_rng(np.random.SeedSequence([self.recipe.train.seed, part.index, 3]))
+        count, crop = self.recipe.train.batch_size // part.of, self.recipe.crop
         corners = generator.integers(0, (len(self.images), *(side - crop + 1 for side in self.images.shape[1:3])), (count, 3))
         chosen = np.stack([self.images[i, y : y + crop, x : x + crop] for i, y, x in corners])
         return torch.from_numpy(chosen).permute(0, 3, 1, 2)
@@ -80,6 +81,9 @@ class AutoencoderTask:
         with torch.no_grad():
             psnr = -10 * torch.log10((0.5 * error.clamp(-2, 2)).square().mean())
         return {"loss": loss, "pixel": pixel, "edge": edge, "psnr": psnr}
+
+    def validate(self) -> dict[str, Any]:
+        return {}
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         module = build_autoencoder(self.recipe)

@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -39,20 +39,25 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 class RunLog:
-    """Writes ``log.jsonl``, ``tensorboard/`` and the progress bar (or, without a terminal, a line now and then) of one run.
+    """Writes ``log.jsonl``, ``validation.jsonl``, ``tensorboard/`` and the progress bar (or, without a terminal, a line now and then)
+    of one run; in a process that is not the ``main`` one, nothing.
 
     Rows after ``start`` are of a run that was killed after its last checkpoint; they are dropped, because they come again.
     """
 
-    def __init__(self, out: Path, steps: int, start: int) -> None:
+    def __init__(self, out: Path, steps: int, start: int, main: bool = True) -> None:
+        self.main = main
+        if not main:
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("training logs to TensorBoard, which is not installed; run: pip install 'triune-vla[train]'") from None
-        path = out / "log.jsonl"
-        kept = [row for row in read_log(path) if row["step"] <= start]
-        write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file: IO[str] = path.open("a")
+        self._files: list[IO[str]] = []
+        for path in (out / "log.jsonl", out / "validation.jsonl"):
+            kept = [row for row in read_log(path) if row["step"] <= start]
+            write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._files.append(path.open("a"))
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         self._console = Console(stderr=True)
         left = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -62,23 +67,26 @@ class RunLog:
         self._steps, self._start, self._began, self._told = steps, start, time.monotonic(), time.monotonic()
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        if self.main:
+            self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.stop()
-        self._file.close()
-        self._board.close()
+        if self.main:
+            self._bar.stop()
+            for file in self._files:
+                file.close()
+            self._board.close()
 
     def advance(self, step: int) -> None:
-        self._bar.update(self._task, completed=step)
+        if self.main:
+            self._bar.update(self._task, completed=step)
 
     def write(self, step: int, row: dict[str, float]) -> None:
         """Log one row after ``step`` steps. ``data_ms`` and ``compute_ms`` are what a step waits for data, and what it computes."""
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            self._board.add_scalar(name, value, step)
+        if not self.main:
+            return
+        self._keep(0, step, row)
         waiting = row["data_ms"] / max(1e-9, row["data_ms"] + row["compute_ms"])
         note = f"loss {row['loss']:.4f}  {row['data_ms'] + row['compute_ms']:.0f} ms/step ({waiting:.0%} data)"
         self._bar.update(self._task, note=note)
@@ -88,6 +96,20 @@ class RunLog:
             self._console.print(f"step {step}/{self._steps}  {note}  {left:.0f} s left", highlight=False)
             self._told = now
 
+    def validate(self, step: int, row: dict[str, Any]) -> None:
+        """Keep what ``Task.validate`` found; lists, such as errors per step of a chunk, stand in the file alone."""
+        if row and self.main:
+            self._keep(1, step, row)
+            self.say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)))
+
     def say(self, sentence: str) -> None:
         """A sentence for the person waiting."""
-        self._console.print(sentence, highlight=False)
+        if self.main:
+            self._console.print(sentence, highlight=False)
+
+    def _keep(self, file: int, step: int, row: dict[str, Any]) -> None:
+        self._files[file].write(json.dumps({"step": step, **row}) + "\n")
+        self._files[file].flush()
+        for name, value in row.items():
+            if isinstance(value, float):
+                self._board.add_scalar(name, value, step)

@@ -1,8 +1,8 @@
 """The training loop: one for every kind of recipe.
 
-A run is a function of its settings: ``batch(index)`` is a pure function, the global generator is seeded per micro-batch
-by (seed, index), learning rate and moving average are functions of the step. So a run that is killed at any moment and
-resumed continues as if nothing had happened: bit for bit in fp32 on the CPU.
+A run is a function of its settings: ``batch(part)`` is a pure function, the global generator is seeded per part of a step's
+batch, learning rate and moving average are functions of the step. So a run that is killed at any moment and resumed continues
+as if nothing had happened: bit for bit in fp32 on the CPU. Steps and batch sizes are those of all processes together.
 """
 
 import contextlib
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from .logs import RunLog
-from .optim import TrainConfig, learning_rate, resolve_device, resolve_precision
+from .optim import TrainConfig, learning_rate, resolve_precision
 from .state import TrainState, load_state, publish, settle, step_folders
+from .team import Part, Team, whole
 
-__all__ = ["Hook", "StepReport", "Task", "TrainConfig", "step_seed", "train"]
+__all__ = ["Hook", "Part", "StepReport", "Task", "TrainConfig", "step_seed", "train"]
 
 
 class Task(Protocol):
@@ -38,14 +39,17 @@ class Task(Protocol):
 
     module: nn.Module
 
-    def batch(self, index: int) -> Any:
-        """Micro-batch ``index`` (0, 1, ...), a pure function of it: tensors, or dicts, lists and tuples of them, on the CPU.
+    def batch(self, part: Part) -> Any:
+        """A part of a step's batch, a pure function of it: tensors, or dicts, lists and tuples of them, on the CPU.
 
         Called in a thread of its own, so it must not draw from torch's or numpy's global generators; ``step_seed`` gives seeds.
         """
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """Scalars by name; ``loss`` is minimised, the others are logged. May draw noise from torch's global generator."""
+
+    def validate(self) -> dict[str, Any]:
+        """Numbers of what is held out, by name; nothing where nothing is. The module is in evaluation mode."""
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the deployable files into ``folder`` (new, empty; published when whole). ``weights``: the trained tensors by name."""
@@ -86,13 +90,14 @@ def train(task: Task, config: TrainConfig, out: Path, resume: bool = False, hook
         UserError: ``out`` holds a run already and ``resume`` is not set, or the reverse; the settings are not those of the
             run to resume; a loss or the gradient is not finite (nothing is updated or saved then).
     """
-    begin(out, resume)
-    settle(out, config.keep)
+    team = Team(config)
+    share = config.share(team.size)
+    team.first(lambda: (begin(out, resume), settle(out, config.keep))[0])
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = resolve_device(config.device)
-    dtype = resolve_precision(config.precision, device)
-    task.module.to(device).train()
+    dtype = resolve_precision(config.precision, team.device)
+    task.module.to(team.device).train()
+    shown = team.join(Losses(task), dtype)
     state = TrainState.create(task.module, config)
     saved = step_folders(out)
     if saved:
@@ -100,11 +105,17 @@ def train(task: Task, config: TrainConfig, out: Path, resume: bool = False, hook
     if state.step >= config.steps:
         return saved[-1]
     checkpoint: Path | None = None
-    ahead = prefetch(task.batch, state.step * config.accumulate, config.steps * config.accumulate)
-    with RunLog(out, config.steps, state.step) as log, ahead as batches, stopping() as stop:
+    team.wait()  # nobody writes before all have read
+
+    def batch(index: int) -> Any:
+        return task.batch(team.parts(index // config.accumulate, config.accumulate)[index % config.accumulate])
+
+    ahead = prefetch(batch, state.step * config.accumulate, config.steps * config.accumulate)
+    with RunLog(out, config.steps, state.step, team.main) as log, ahead as batches, stopping() as stop:
+        log.say(f"{config.steps} steps of {config.batch_size} samples: {share} at a time in {team}")
         while state.step < config.steps:
             lr = learning_rate(config, state.step)
-            values, seconds = step_once(task, state, config, batches, lr, device, dtype)
+            values, seconds = step_once(shown, state, config, batches, lr, team, dtype)
             state.step += 1
             if state.ema:
                 state.ema.update(state.step)
@@ -112,36 +123,56 @@ def train(task: Task, config: TrainConfig, out: Path, resume: bool = False, hook
             if state.step % config.log_every == 0 or state.step == config.steps:
                 log.write(state.step, {"lr": lr, **state.meter.take()})
             log.advance(state.step)
-            stopped = list(stop)  # a signal that comes from here on is answered after the next step, with a checkpoint of that step
-            due = state.step % config.save_every == 0 or state.step == config.steps or bool(stopped)
-            checkpoint = publish(out, task.save, state, config) if due else None
+            if state.step % config.validate_every == 0 or state.step == config.steps:
+                log.validate(state.step, validate(task, state, team, dtype))
+            stopped = team.largest(stop[0] if stop else 0)  # a signal from here on is answered after the next step, with its checkpoint
+            due = state.step % config.save_every == 0 or state.step == config.steps or stopped
+            checkpoint = publish(out, task.save, state, config, team) if due else None
             for hook in hooks:
                 hook(StepReport(state.step, values, lr, checkpoint))
             if stopped and state.step < config.steps:
                 log.say(f"stopped after step {state.step}, saved as {checkpoint}; the same command with --resume continues")
-                raise SystemExit(128 + stopped[0])
+                raise SystemExit(128 + stopped)
     return step_folders(out)[-1]
 
 
+class Losses(nn.Module):
+    """A task's losses as the ``forward`` of a module, which is what DDP and FSDP2 take hold of."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.module = task.module
+        self.task = [task]  # out of sight: its module is a part of this one once
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        return self.task[0].losses(batch)
+
+
 def step_once(
-    task: Task, state: TrainState, config: TrainConfig, batches: Iterator[Any], lr: float, device: torch.device, dtype: torch.dtype
+    shown: nn.Module, state: TrainState, config: TrainConfig, batches: Iterator[Any], lr: float, team: Team, dtype: torch.dtype
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """One optimizer step. Returns the loss terms with ``grad_norm``, and the milliseconds spent on waiting for data and on computing."""
+    """One optimizer step. Returns the loss terms with ``grad_norm``, and the milliseconds spent on waiting for data and on computing.
+
+    Args:
+        shown: what ``Team.join`` made of the task's losses.
+    """
     waited, began = 0.0, time.perf_counter()
     sums: dict[str, Tensor] = {}
-    for micro in range(config.accumulate):
+    parts = team.parts(state.step, config.accumulate)
+    for part in parts:
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
-        torch.manual_seed(step_seed(config.seed, state.step * config.accumulate + micro))
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            losses = task.losses(to_device(batch, device))
-        torch.autograd.backward(losses["loss"] / config.accumulate)
+        torch.manual_seed(step_seed(config.seed, part.index))
+        with team.summing(shown, part is parts[-1]):
+            with torch.autocast(team.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                losses = shown(to_device(batch, team.device))
+            torch.autograd.backward(losses["loss"] / config.accumulate)
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach().float() / config.accumulate
     limit = float("inf") if config.clip is None else config.clip
-    sums["grad_norm"] = nn.utils.clip_grad_norm_(state.parameters.values(), limit).float()
-    values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+    sums["grad_norm"] = whole(nn.utils.clip_grad_norm_(state.parameters.values(), limit)).float()
+    values = dict(zip(sums, team.mean(torch.stack(list(sums.values()))).tolist(), strict=True))
     refuse_non_finite(values, state.step + 1)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group["scale"]
@@ -149,6 +180,17 @@ def step_once(
     state.optimizer.zero_grad(set_to_none=True)
     total = time.perf_counter() - began
     return values, {"data_ms": 1e3 * waited, "compute_ms": 1e3 * (total - waited)}
+
+
+@torch.no_grad()
+def validate(task: Task, state: TrainState, team: Team, dtype: torch.dtype) -> dict[str, Any]:
+    """What the weights that would be deployed now make of held-out data."""
+    task.module.eval()
+    with state.ema.deployed() if state.ema else contextlib.nullcontext(), torch.random.fork_rng(devices=[]):
+        with torch.autocast(team.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = task.validate()
+    task.module.train()
+    return found
 
 
 def refuse_non_finite(values: dict[str, float], step: int) -> None:

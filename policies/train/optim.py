@@ -1,12 +1,16 @@
 """How weights are updated: settings, parameter groups, learning rate, moving average, precision. All pure functions of the step."""
 
+import contextlib
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ...config import Strict
@@ -18,8 +22,9 @@ class TrainConfig(Strict):
 
     Attributes:
         steps: optimizer steps.
-        batch_size: samples per micro-batch; the task reads it.
-        accumulate: micro-batches per optimizer step.
+        batch_size: samples per optimizer step, over all processes.
+        accumulate: in how many parts each process computes its share of them, one after another: less memory, the same step.
+        parallel: several processes hold all weights each (``ddp``), or a piece of each (``fsdp``, FSDP2).
         lr: peak learning rate.
         lr_scale: parameter name prefix -> factor on ``lr``; the longest that fits wins. One expert can learn slower than another.
         warmup: steps of linear rise from 0 to ``lr``.
@@ -28,18 +33,20 @@ class TrainConfig(Strict):
         weight_decay: decoupled decay (AdamW), on parameters of two or more dimensions only.
         clip: largest global gradient norm; ``null`` for none.
         ema: decay of the weights' moving average, which is what a checkpoint deploys; 0 deploys the raw weights.
-        precision: type of matrix products; weights stay as they are. ``auto`` is bf16 where the hardware multiplies it natively.
+        precision: type of matrix products; trained weights stay in fp32. ``auto`` is bf16 where the hardware multiplies it natively.
         device: where the module is moved.
         threads: CPU threads of torch; ``null`` leaves them alone.
         seed: the run is a function of it.
         log_every: steps per log line (losses are means over them).
         save_every: steps per checkpoint; the last step is always saved.
+        validate_every: steps between looks at the held-out episodes, where a recipe holds some out; always after the last step.
         keep: newest checkpoints that stay on disk.
     """
 
     steps: PositiveInt
     batch_size: PositiveInt = 32
     accumulate: PositiveInt = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     lr: PositiveFloat = 1e-3
     lr_scale: dict[str, NonNegativeFloat] = {}
     warmup: NonNegativeInt = 0
@@ -56,7 +63,22 @@ class TrainConfig(Strict):
     seed: int = Field(0, ge=0)
     log_every: PositiveInt = 10
     save_every: PositiveInt = 1000
+    validate_every: PositiveInt = 500
     keep: PositiveInt = 2
+
+    def share(self, processes: int) -> int:
+        """Samples of one part of a step's batch.
+
+        Raises:
+            UserError: the batch cannot be shared out evenly.
+        """
+        parts = processes * self.accumulate
+        if self.batch_size % parts:
+            raise UserError(
+                f"train.batch_size is {self.batch_size}, which {processes} processes cannot share evenly in {self.accumulate} parts each; "
+                f"it counts the samples of all processes: make it a multiple of {parts}"
+            )
+        return self.batch_size // parts
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -125,7 +147,21 @@ class Ema:
         """Take in the weights after ``step`` updates (counted from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         average = get_ema_multi_avg_fn(decay)
-        average(list(self.average.values()), list(self.parameters.values()), None)
+        average([local(a) for a in self.average.values()], [local(p.detach()) for p in self.parameters.values()], None)
+
+    @contextlib.contextmanager
+    def deployed(self) -> Iterator[None]:
+        """Inside, the parameters hold their moving average."""
+        kept = {name: local(parameter.detach()).clone() for name, parameter in self.parameters.items()}
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                local(parameter).copy_(local(self.average[name]))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    local(parameter).copy_(kept[name])
 
 
 def resolve_device(name: str) -> torch.device:
@@ -137,7 +173,9 @@ def resolve_device(name: str) -> torch.device:
     present = torch.cuda.is_available()
     if name == "cuda" and not present:
         raise UserError("train.device is 'cuda' but torch finds no GPU here; use train.device=cpu or auto")
-    return torch.device("cuda" if name != "cpu" and present else "cpu")
+    if name == "cpu" or not present:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
@@ -145,6 +183,11 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bf16" if (torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_multiplies_bf16()) else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The piece of a tensor that lies in this process: all of it, unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _cpu_multiplies_bf16() -> bool:

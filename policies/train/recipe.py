@@ -10,6 +10,7 @@ from ...data.files import write_file
 from ...errors import UserError
 from .loop import train
 from .state import refuse_changes, step_folders
+from .team import is_main
 
 # kind -> module with ``Recipe`` (a Strict model with ``kind`` and ``train: TrainConfig``) and ``build(recipe, out) -> Task``
 KINDS = {"policy": ".policy", "vlm": ".vlm", "autoencoder": ".autoencoder"}
@@ -32,15 +33,20 @@ def run(name: str, overrides: list[str], out: Path, resume: bool) -> Path:
         raise UserError(f"{path}: {said}{f'; did you mean {match[0]!r}?' if match else ''} (valid: {', '.join(KINDS)})")
     module: Any = import_module(KINDS[kind], __package__)
     recipe = parse(module.Recipe, tree, path)
-    kept = out / "recipe.yaml"
-    saved = step_folders(out)
+    if is_main():
+        _claim(recipe, out, resume)
+    return train(module.build(recipe, out), recipe.train, out, resume)
+
+
+def _claim(recipe: Any, out: Path, resume: bool) -> None:
+    """Mark ``out`` as this recipe's run."""
+    kept, saved = out / "recipe.yaml", step_folders(out)
     if saved and not resume:
         raise UserError(f"{out} already holds a run ({saved[-1].name}); pass --resume to continue it, or choose another --out")
     if resume and not kept.is_file():
         raise UserError(f"there is no run to resume in {out}; check --out, or leave out --resume to begin one")
     if saved:
-        before = parse(module.Recipe, read_yaml(kept), kept)
+        before = parse(type(recipe), read_yaml(kept), kept)
         refuse_changes(before.model_dump(mode="json"), recipe.model_dump(mode="json"), out)
     out.mkdir(parents=True, exist_ok=True)
     write_file(kept, dump(recipe))
-    return train(module.build(recipe, out), recipe.train, out, resume)

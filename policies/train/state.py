@@ -22,8 +22,14 @@ from ...data.files import atomic_folder, remove, replace_link, sha256
 from ...errors import UserError
 from .logs import Meter
 from .optim import Ema, TrainConfig, learned_buffers, make_optimizer, trainable
+from .team import Team, like
 
-FREE = ("log_every", "save_every", "keep", "threads", "device")  # settings that may change when a run is resumed
+FREE = (
+    *(f"train.{key}" for key in ("log_every", "save_every", "validate_every", "keep", "threads", "device", "parallel")),
+    "checkpointing",
+    "workers",
+)
+"""Settings that may change when a run is resumed."""
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -45,23 +51,23 @@ class TrainState:
         return cls(module, parameters, make_optimizer(parameters, config), ema, Meter())
 
     def weights(self) -> dict[str, Tensor]:
-        """What is deployed, by name: trained parameters (their moving average, where there is one) and learned buffers, on the CPU."""
+        """What is deployed, by name: trained parameters (their moving average, where there is one) and learned buffers."""
         source: dict[str, Tensor] = dict(self.ema.average) if self.ema else dict(self.parameters)
-        return _on_cpu({**source, **learned_buffers(self.module)})
+        return {**source, **learned_buffers(self.module)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that changes in training, flat, on the CPU."""
+        """Everything that changes in training, flat."""
         out: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in self.parameters.items()}
         out |= {f"buffer.{name}": buffer for name, buffer in learned_buffers(self.module).items()}
         out |= {f"ema.{name}": average for name, average in self.ema.average.items()} if self.ema else {}
         for name, parameter in self.parameters.items():
             moments = self.optimizer.state.get(parameter, {})  # empty until the parameter has had a gradient
             out |= {f"{key}.{name}": moments[key] for key in _MOMENTS if key in moments}
-        return _on_cpu(out)
+        return out
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of ``tensors``. Values are copied into the memory that the module already uses.
+        """The inverse of ``tensors``, each in one piece. Values are copied into the memory that the module already uses.
 
         Raises:
             UserError: the tensors are of another model.
@@ -76,11 +82,10 @@ class TrainState:
                 f"the training state is of another model ('{odd[0]}' differs); resume with the recipe and spec that began the run"
             )
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(like(tensors[name], tensor))
         for name, parameter in self.parameters.items():
             if f"exp_avg.{name}" in tensors:
-                moments = {key: tensors[f"{key}.{name}"].clone() for key in _MOMENTS}
-                self.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+                self.optimizer.state[parameter] = {key: like(tensors[f"{key}.{name}"].clone(), parameter) for key in _MOMENTS}
 
 
 def step_folders(out: Path) -> list[Path]:
@@ -99,11 +104,11 @@ def settle(out: Path, keep: int) -> None:
         remove(old)
 
 
-def save_state(folder: Path, state: TrainState, config: TrainConfig) -> None:
-    """Write ``training/`` into a checkpoint folder that is being made."""
+def save_state(folder: Path, tensors: dict[str, Tensor], state: TrainState, config: TrainConfig) -> None:
+    """Write ``training/`` with the state's ``tensors`` into a checkpoint folder that is being made."""
     training = folder / "training"
     training.mkdir()
-    save_file(state.tensors(), training / "state.safetensors")
+    save_file(tensors, training / "state.safetensors")
     facts = {
         "step": state.step,
         "sha256": sha256(training / "state.safetensors"),
@@ -144,7 +149,7 @@ def refuse_changes(old: dict[str, Any], new: dict[str, Any], where: Path) -> Non
         UserError: naming each changed key with both values.
     """
     before, after = _leaves(old), _leaves(new)
-    free = {f"train.{key}" for key in FREE}
+    free = set(FREE)
     if before["train.schedule"] == after["train.schedule"] == "constant":
         free.add("train.steps")
     changed = [key for key in {**before, **after} if key not in free and before.get(key) != after.get(key)]
@@ -154,23 +159,24 @@ def refuse_changes(old: dict[str, Any], new: dict[str, Any], where: Path) -> Non
         raise UserError(f"{where} cannot be resumed with other settings: {listed}; {way_out}")
 
 
-def publish(out: Path, save: Callable[[Path, dict[str, Tensor]], None], state: TrainState, config: TrainConfig) -> Path:
-    """Write the checkpoint of the present step, move ``last`` to it, and delete what exceeds ``keep``.
+def publish(out: Path, save: Callable[[Path, dict[str, Tensor]], None], state: TrainState, config: TrainConfig, team: Team) -> Path:
+    """Write the checkpoint of the present step, move ``last`` to it, and delete what exceeds ``keep``. All processes must call it.
 
     Args:
         save: the task's ``save(folder, weights)``.
     """
     path = out / "checkpoints" / f"step-{state.step:06d}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(path) as folder:
-        save(folder, state.weights())
-        save_state(folder, state, config)
-    settle(out, config.keep)
+    weights, tensors = team.collect(state.weights()), team.collect(state.tensors())
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(path) as folder:
+            save(folder, weights)
+            save_state(folder, tensors, state, config)
+        settle(out, config.keep)
+
+    team.first(write)
     return path
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

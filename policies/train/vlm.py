@@ -30,6 +30,7 @@ from ...config import Strict
 from ...data.questions import CAMERAS, LOCATIONS, Turn, turns
 from ...data.readers.scenes import open_scenes
 from .optim import TrainConfig
+from .team import Part
 from .vlm_model import END, NONE, VlmConfig, build_model, build_processor, save_folder
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white")
@@ -262,9 +263,9 @@ class VlmTask:
         self.scenes = open_scenes(recipe.data)
         self.packer = Packer(self.processor, self.scenes.images.shape[1], recipe.sigma)
 
-    def batch(self, index: int) -> dict[str, Tensor]:
-        generator = np.random.default_rng(np.random.SeedSequence([self.recipe.train.seed, index, 2]))
-        chosen = generator.integers(0, len(self.scenes), self.recipe.train.batch_size)
+    def batch(self, part: Part) -> dict[str, Tensor]:
+        generator = np.random.default_rng(np.random.SeedSequence([self.recipe.train.seed, part.index, 2]))
+        chosen = generator.integers(0, len(self.scenes), self.recipe.train.batch_size // part.of)
         asked = [turns(self.scenes.annotations[i], generator, self.recipe.turns) for i in chosen]
         images = torch.from_numpy(jitter(self.scenes.images[chosen], self.recipe.jitter, generator))
         places = torch.from_numpy(np.stack([found_places(self.scenes.annotations[i]) for i in chosen]))
@@ -296,6 +297,9 @@ class VlmTask:
                 losses["error"] = self._error(final[at_slots].float(), batch, at_slots)
                 losses["exact"] = (final[at_words].argmax(-1) == batch["word"][at_words]).float().mean()
         return losses
+
+    def validate(self) -> dict[str, Any]:
+        return {}
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         vlm = build_model(self.recipe.model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from triune.errors import UserError
 from triune.policies.train.logs import read_log
-from triune.policies.train.loop import StepReport, TrainConfig, prefetch, step_seed, train
+from triune.policies.train.loop import Part, StepReport, TrainConfig, prefetch, step_seed, train
 from triune.policies.train.optim import learned_buffers, learning_rate, make_optimizer, resolve_precision, trainable
 from triune.policies.train.state import step_folders
 
@@ -43,7 +43,8 @@ class Toy:
         self.poison = poison
         self.seen: list[int] = []
 
-    def batch(self, index: int) -> dict[str, Tensor]:
+    def batch(self, part: Part) -> dict[str, Tensor]:
+        index = part.index
         self.seen.append(index)
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step_seed(7, index)))
         return {"x": x if index != self.poison else x * float("nan"), "y": x[:, :2]}
@@ -54,6 +55,9 @@ class Toy:
         fit = (net["out"](hidden) - batch["y"]).square().mean()
         noise = (net["out"](hidden + torch.randn_like(hidden)) - batch["y"]).square().mean()
         return {"loss": fit + 0.1 * noise, "fit": fit}
+
+    def validate(self) -> dict[str, float]:
+        return {}
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         save_file(weights, folder / "model.safetensors")

@@ -56,6 +56,10 @@ class Expert(nn.Module, ABC):
     depth: int
     space: Space
 
+    def units(self) -> list[nn.Module]:
+        """Its transformer layers, of which the joint steps are made."""
+        return [layer for part in self.modules() if isinstance(part, nn.ModuleList) for layer in part]
+
     def space_of(self, layer: int) -> Space:
         """The space in which a layer's tokens attend."""
         return self.space

@@ -44,7 +44,6 @@ class PretrainedVLM(Expert):
         heads, groups = text_config.num_attention_heads, text_config.num_key_value_heads
         theta = self.rope_theta or text_config.rope_parameters["rope_theta"]
         self.space = Space(heads=heads, kv_heads=groups, head_dim=self.head_dim, rope_theta=theta)
-        self.frozen = config.frozen
         if config.frozen:
             self.requires_grad_(False)
             self.eval()
@@ -64,9 +63,8 @@ class PretrainedVLM(Expert):
         """Rows and columns of tokens of an image of ``size`` (Y, X)."""
         return self.family.grid(self.model, size)
 
-    def train(self, mode: bool = True) -> "PretrainedVLM":
-        """A frozen expert stays in evaluation mode."""
-        return super().train(mode and not self.frozen)
+    def units(self) -> list[nn.Module]:
+        return list(self.family.text(self.model).layers)
 
     def normalise(self, images: UInt8[Tensor, "*S 3 Y X"] | Float[Tensor, "*S 3 Y X"]) -> Float[Tensor, "*S 3 Y X"]:
         """Pixels from 0 to 255 as the family's processor makes them."""

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import QKV, Context, Expert
@@ -56,7 +56,10 @@ def suits(expert: Expert) -> bool:
     config = expert.config
     plain = config.norm == "rms" and config.gated and not config.bias and config.final_norm and config.qk_norm != "whole"
     reads = config.cross is None or config.cross.reads == "keys"
-    return plain and reads and config.axes != () and config.time in ("none", "adaptive_norm")
+    known = plain and reads and config.axes != () and config.time in ("none", "adaptive_norm")
+    linears = [part for unit in expert.layers for name, part in unit.named_children() if name in ("q", "k", "v", "o", "gate_up", "down")]
+    # neither adapted nor sharded: its very weight is what it multiplies by
+    return known and all(type(part) is nn.Linear or getattr(part, "packed", False) for part in linears)
 
 
 class ReadyDecoder(Ready):
