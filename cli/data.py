@@ -55,7 +55,7 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Show what a dataset holds: episodes, tasks, cameras, and the range of every state and action dimension."""
-    from ..data.readers.lerobot import inspect as run
+    from ..data.inspect import inspect as run
 
     found = run(dataset)
     if json:

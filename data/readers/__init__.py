@@ -1,5 +1,6 @@
 """Datasets on disk, read without the library that wrote them."""
 
-from .lerobot import Dataset, EpisodeInfo, inspect, open_dataset
+from .dataset import Dataset, EpisodeInfo
+from .open import open_dataset
 
-__all__ = ["Dataset", "EpisodeInfo", "inspect", "open_dataset"]
+__all__ = ["Dataset", "EpisodeInfo", "open_dataset"]

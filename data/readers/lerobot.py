@@ -1,13 +1,9 @@
-"""LeRobotDataset v3.0 folders, read with pyarrow: lerobot is not imported and the network is never touched.
+"""LeRobotDataset folders, read with pyarrow: lerobot is not imported and the network is never touched.
 
 Vectors (states, actions) are loaded once as contiguous float32 arrays; images are decoded when asked for. Episodes
-that ``meta/info.json`` does not count yet are ignored: it is the last file that our writer replaces.
+that ``meta/info.json`` does not count yet are ignored: it is the last file that our writers replace.
 """
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,231 +11,98 @@ import numpy as np
 import pyarrow as pa
 
 from ...errors import UserError
-from ..contract import Contract
-from .images import Clip, ImageSource, PngColumn, VideoColumn
-from .metadata import (
-    DEFAULT_COLUMNS,
-    MEND,
-    camera_name,
-    derive_contract,
-    read_contract,
-    read_episode_rows,
-    read_facts,
-    read_info,
-    read_parquet,
-    read_tasks,
-)
+from .dataset import Dataset, EpisodeInfo
+from .images import ImageSource, PngColumn, VideoColumn
+from .layouts import Place, layout_v2, layout_v3
+from .metadata import DEFAULT_COLUMNS, MEND, camera_name, derive_contract, read_contract, read_facts, read_info, read_parquet
 
-DECODE_BLOCK = 64
-"""Frames that one thread decodes at a time in ``Dataset.load_images``."""
-
-Progress = Callable[[int, int], None]
+VERSIONS = ("v2.0", "v2.1", "v3.")
 
 
-@dataclass(frozen=True)
-class EpisodeInfo:
-    """One episode: frames ``start`` to ``start + length - 1`` of the dataset, its instruction and recorded facts."""
-
-    index: int
-    start: int
-    length: int
-    task: str
-    meta: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def frames(self) -> slice:
-        return slice(self.start, self.start + self.length)
-
-
-class Dataset:
-    """An opened dataset; made by ``open_dataset``.
-
-    Attributes:
-        path: the folder.
-        contract: conventions of cameras, state and action; what the dataset does not say is ``None``.
-        fps: frames (= control steps) per second.
-        cameras: camera names, without the prefix ``observation.images.``.
-        episodes: in order; together they cover all N frames without gaps.
-        vectors: feature name -> float32 (N, D): ``observation.state``, ``action``, ``action.expert``, ...
-        tasks: instructions.
-        task_index: int64 (N,), index into ``tasks`` of each frame.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        contract: Contract,
-        fps: float,
-        sources: dict[str, ImageSource],
-        episodes: list[EpisodeInfo],
-        vectors: dict[str, np.ndarray],
-        tasks: tuple[str, ...],
-        task_index: np.ndarray,
-    ) -> None:
-        self.path = path
-        self.contract = contract
-        self.fps = fps
-        self.cameras = tuple(sources)
-        self.episodes = episodes
-        self.vectors = vectors
-        self.tasks = tasks
-        self.task_index = task_index
-        self._sources = sources
-
-    def __len__(self) -> int:
-        """Number of frames N."""
-        return len(self.task_index)
-
-    @property
-    def task_of_frame(self) -> list[str]:
-        """The instruction of each frame."""
-        return [self.tasks[i] for i in self.task_index]
-
-    def frames(self, camera: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Decode frames of one camera: uint8 (n, H, W, 3), RGB, in the order of ``indices``.
-
-        Raises:
-            UserError: there is no such camera.
-            IndexError: an index is not in [0, N).
-        """
-        wanted = np.asarray(indices, dtype=np.int64)
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
-            raise IndexError(f"frames {wanted.min()}..{wanted.max()} asked of a dataset of {len(self)} frames")
-        return self._source(camera).read(wanted)
-
-    def load_images(self, camera: str, threads: int | None = None, progress: Progress | None = None) -> np.ndarray:
-        """Decode every frame of one camera once, in parallel: uint8 (N, H, W, 3). 96 px frames take 27 kB each.
-
-        Args:
-            camera: camera name.
-            threads: default: one per processor core.
-            progress: called with (frames done, N).
-        """
-        source = self._source(camera)
-        blocks = [np.arange(start, min(start + DECODE_BLOCK, len(self))) for start in range(0, len(self), DECODE_BLOCK)]
-        first = source.read(blocks[0])
-        images = np.empty((len(self), *first.shape[1:]), np.uint8)
-        images[blocks[0]] = first
-        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-            for block, decoded in zip(blocks[1:], pool.map(source.read, blocks[1:]), strict=True):
-                images[block] = decoded
-                if progress is not None:
-                    progress(int(block[-1]) + 1, len(self))
-        return images
-
-    def _source(self, camera: str) -> ImageSource:
-        if camera not in self._sources:
-            raise UserError(f"{self.path} has no camera '{camera}'; it has {', '.join(self.cameras) or 'none'}")
-        return self._sources[camera]
-
-
-def open_dataset(path: str | Path) -> Dataset:
-    """Open a LeRobotDataset v3.0 folder.
+def open_lerobot(root: Path) -> Dataset:
+    """Open a LeRobotDataset v2.0, v2.1 or v3.0 folder.
 
     Raises:
         UserError: the folder is missing, is not such a dataset, is of another version, is empty, or has broken files.
     """
-    root = Path(path)
-    info = read_info(root)
-    total = int(info["total_episodes"])
-    if total == 0:
+    info = read_info(root, VERSIONS)
+    if info["total_episodes"] == 0:
         raise UserError(f"{root} holds no episodes yet; record some with `vla data record`")
-    rows = sorted((row for row in read_episode_rows(root) if row["episode_index"] < total), key=lambda row: row["episode_index"])
-    if [row["episode_index"] for row in rows] != list(range(total)):
-        raise UserError(f"{root}/meta/episodes describes {len(rows)} of the {total} episodes that meta/info.json counts; {MEND}")
+    places, tasks = (layout_v3 if info["codebase_version"].startswith("v3.") else layout_v2)(root, info)
     facts = read_facts(root)
     episodes: list[EpisodeInfo] = []
-    for row in rows:
+    for index, place in enumerate(places):
         start = episodes[-1].frames.stop if episodes else 0
-        episodes.append(EpisodeInfo(row["episode_index"], start, int(row["length"]), row["tasks"][0], facts.get(row["episode_index"], {})))
+        episodes.append(EpisodeInfo(index, start, place.length, place.task, facts.get(index, {})))
 
     features: dict[str, dict[str, Any]] = info["features"]
-    files, file_starts = _data_files(root, info, rows, episodes)
-    names = [key for key, feature in features.items() if _is_vector(key, feature)]
-    columns = _read_columns(files, [*names, "episode_index", "task_index"], total, episodes[-1].frames.stop)
-    if "action" not in names:
-        raise UserError(f"{root} has no 'action' feature in meta/info.json; add one, or give a dataset of demonstrations")
-    vectors = {key: columns[key] for key in names}
-    tasks = read_tasks(root)
+    files, file_starts = _data_files(places, episodes)
+    widths = {key: feature["shape"][0] for key, feature in features.items() if _is_vector(key, feature)}
+    if not widths:
+        raise UserError(f"{root} has neither states nor actions in meta/info.json; give a dataset of demonstrations")
+    scalars = [key for key in ("timestamp", "episode_index", "task_index") if key != "timestamp" or key in features]
+    columns = _read_columns(files, widths | dict.fromkeys(scalars, 1), episodes)
+    vectors = {key: columns[key] for key in widths}
     sources: dict[str, ImageSource] = {}
     for key, feature in features.items():
         if feature["dtype"] == "image":
             sources[camera_name(key)] = PngColumn(key, files, file_starts)
         elif feature["dtype"] == "video":
-            clips = [_clip(root, info, row, key) for row in rows]
+            clips = [place.clips[key] for place in places]
             sources[camera_name(key)] = VideoColumn(clips, np.array([episode.start for episode in episodes]), float(info["fps"]))
     contract = read_contract(root) or derive_contract(info)
-    return Dataset(root, contract, float(info["fps"]), sources, episodes, vectors, tasks, columns["task_index"].astype(np.int64)[:, 0])
-
-
-def inspect(path: str | Path) -> dict[str, Any]:
-    """What a dataset holds, ready for JSON: sizes, cameras, features, tasks, ranges per dimension, doubts."""
-    dataset = open_dataset(path)
-    contract = dataset.contract
-    named = {"observation.state": contract.state.names, "action": contract.action.names, "action.expert": contract.action.names}
-    lengths = [episode.length for episode in dataset.episodes]
-    ranges = {}
-    for key, values in dataset.vectors.items():
-        names = named.get(key, tuple(f"{key}_{i}" for i in range(values.shape[1])))
-        ranges[key] = [
-            {"name": name, "min": float(low), "max": float(high), "mean": float(mean), "constant": bool(low == high)}
-            for name, low, high, mean in zip(names, values.min(0), values.max(0), values.mean(0), strict=True)
-        ]
-    fields: list[tuple[str, object]] = [("rate", contract.rate), ("render", contract.render)]
-    fields += [(f"camera {camera.name} flip", camera.flip) for camera in contract.cameras]
-    for part, vector in (("state", contract.state), ("action", contract.action)):
-        fields += [(f"{part} {name}", value) for name, value in (("units", vector.units), ("frame", vector.frame), ("mode", vector.mode))]
-    return {
-        "path": str(dataset.path),
-        "episodes": len(dataset.episodes),
-        "frames": len(dataset),
-        "fps": dataset.fps,
-        "seconds": len(dataset) / dataset.fps,
-        "episode_length": {"min": min(lengths), "mean": float(np.mean(lengths)), "max": max(lengths)},
-        "cameras": [camera.model_dump(mode="json") for camera in contract.cameras],
-        "tasks": {task: sum(episode.task == task for episode in dataset.episodes) for task in dataset.tasks},
-        "worlds": sorted({str(episode.meta["world"]) for episode in dataset.episodes if "world" in episode.meta}),
-        "features": {key: int(values.shape[1]) for key, values in dataset.vectors.items()},
-        "ranges": ranges,
-        "unknown": [name for name, value in fields if value is None],
-    }
+    task_index = _positions(columns["task_index"][:, 0], list(tasks), root)
+    timestamps = columns["timestamp"][:, 0] if "timestamp" in columns else None
+    return Dataset(root, contract, float(info["fps"]), sources, episodes, vectors, tuple(tasks.values()), task_index, timestamps)
 
 
 def _is_vector(key: str, feature: dict[str, Any]) -> bool:
     return key not in DEFAULT_COLUMNS and feature["dtype"].startswith("float") and len(feature["shape"]) == 1
 
 
-def _data_files(root: Path, info: dict[str, Any], rows: list[dict[str, Any]], episodes: list[EpisodeInfo]) -> tuple[list[Path], np.ndarray]:
+def _data_files(places: list[Place], episodes: list[EpisodeInfo]) -> tuple[list[Path], np.ndarray]:
     """The data files in order, and the index of each one's first frame."""
     files: list[Path] = []
     starts: list[int] = []
-    for row, episode in zip(rows, episodes, strict=True):
-        file = root / info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
-        if not files or files[-1] != file:
-            files.append(file)
+    for place, episode in zip(places, episodes, strict=True):
+        if not files or files[-1] != place.data:
+            files.append(place.data)
             starts.append(episode.start)
     return files, np.array(starts)
 
 
-def _read_columns(files: list[Path], names: list[str], episodes: int, frames: int) -> dict[str, np.ndarray]:
+def _read_columns(files: list[Path], widths: dict[str, int], episodes: list[EpisodeInfo]) -> dict[str, np.ndarray]:
     """Columns as float32 (N, D), of the frames that belong to counted episodes."""
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in widths}
     for file in files:
-        table = read_parquet(file, names)
-        keep = table.column("episode_index").to_numpy() < episodes
-        for name in names:
-            column = table.column(name).combine_chunks()
-            flat = column if pa.types.is_primitive(column.type) else column.flatten()
-            parts[name].append(flat.to_numpy(zero_copy_only=False).reshape(len(keep), -1)[keep].astype(np.float32))
-    found = sum(map(len, parts["episode_index"]))
-    if found != frames:
-        raise UserError(f"{files[0].parents[1]} holds {found} frames where meta/episodes counts {frames}; {MEND}")
-    return {name: np.ascontiguousarray(np.concatenate(arrays)) for name, arrays in parts.items()}
+        table = read_parquet(file, list(widths))
+        keep = _flat(table, "episode_index", 1, file)[:, 0] < len(episodes)
+        for name, width in widths.items():
+            parts[name].append(_flat(table, name, width, file)[keep].astype(np.float32))
+    columns = {name: np.ascontiguousarray(np.concatenate(arrays)) for name, arrays in parts.items()}
+    found, frames = columns["episode_index"][:, 0], episodes[-1].frames.stop
+    if len(found) != frames:
+        raise UserError(f"{files[0].parents[1]} holds {len(found)} frames where the metadata counts {frames}; {MEND}")
+    expected = np.repeat(np.arange(len(episodes), dtype=np.float32), [episode.length for episode in episodes])
+    if not np.array_equal(found, expected):
+        raise UserError(f"{files[0].parents[1]} holds the episodes in another order or of other lengths than the metadata; {MEND}")
+    return columns
 
 
-def _clip(root: Path, info: dict[str, Any], row: dict[str, Any], key: str) -> Clip:
-    place = {name: row[f"videos/{key}/{name}_index"] for name in ("chunk", "file")}
-    file = root / info["video_path"].format(video_key=key, chunk_index=place["chunk"], file_index=place["file"])
-    if not file.is_file():
-        raise UserError(f"{file} is missing; copy the dataset again, with its videos")
-    return Clip(file, float(row[f"videos/{key}/from_timestamp"]))
+def _flat(table: pa.Table, name: str, width: int, file: Path) -> np.ndarray:
+    """A column as an array of shape (rows, width)."""
+    try:
+        column = table.column(name).combine_chunks()
+        flat = column if pa.types.is_primitive(column.type) else column.flatten()
+        return flat.to_numpy(zero_copy_only=False).reshape(len(table), width)
+    except (KeyError, ValueError, TypeError, AttributeError, pa.ArrowException):
+        raise UserError(f"{file} does not hold '{name}' with {width} numbers in each row as meta/info.json says; {MEND}") from None
+
+
+def _positions(found: np.ndarray, known: list[int], root: Path) -> np.ndarray:
+    """Positions in ``known`` (ascending) of the task indices ``found`` (N,): int64 (N,)."""
+    indices = np.array(known, np.int64)
+    places = np.minimum(np.searchsorted(indices, found), len(indices) - 1)
+    if not np.array_equal(indices[places], found):
+        raise UserError(f"{root} has frames of tasks that its list of tasks in meta/ does not name; {MEND}")
+    return places.astype(np.int64)

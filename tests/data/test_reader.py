@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from triune.data import Contract, Episode, open_dataset
-from triune.data.readers import inspect
+from triune.data.inspect import inspect
 from triune.data.readers.images import decode_pyav
 from triune.errors import UserError
 
@@ -108,7 +108,8 @@ BREAK: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "there is no dataset folder"),
     "not a dataset": (lambda d: shutil.rmtree(d / "meta"), "is not a LeRobotDataset"),
     "torn info": (lambda d: (d / "meta/info.json").write_text('{"codebase'), "cut off or not JSON"),
-    "version": (lambda d: edit_info(d, codebase_version="v2.1"), "is a LeRobotDataset v2.1, v3.0 is needed; convert it with"),
+    "version": (lambda d: edit_info(d, codebase_version="v1.6"), "is a LeRobotDataset v1.6, v2.0 or v2.1 or v3 is needed"),
+    "wrong version": (lambda d: edit_info(d, codebase_version="v2.1"), "meta/episodes.jsonl is missing; copy the dataset again"),
     "empty": (lambda d: edit_info(d, total_episodes=0), "holds no episodes yet"),
     "unfinalised data": (lambda d: truncate(d / "data/chunk-000/file-000.parquet"), "stopped before finalize"),
     "unfinalised episodes": (lambda d: truncate(d / "meta/episodes/chunk-000/file-000.parquet"), "stopped before finalize"),
