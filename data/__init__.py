@@ -1,7 +1,7 @@
 """The words that all folders share, and datasets."""
 
 from .contract import Camera, Contract, Vector
-from .loader import ChunkSampler
+from .sampler import ChunkSampler
 from .readers import Dataset, open_dataset
 from .statistics import Statistics, compute_statistics
 from .transforms import Normaliser

@@ -1,4 +1,4 @@
-"""What happens to values between a dataset and a network: normalisation, with its exact inverse."""
+"""What happens to values between a dataset and a network, each with its inverse: actions relative to the state, normalisation."""
 
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -17,6 +17,41 @@ KINDS: tuple[Kind, ...] = ("mean_std", "quantile", "min_max", "none")
 Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 
 
+class Relative(Strict):
+    """Actions as offsets from the state that the chunk begins in: every step of a chunk less the state at its first step.
+
+    Attributes:
+        state_of: per action dimension the state dimension to take away, in the same unit; ``None`` leaves the action as it is.
+    """
+
+    state_of: tuple[int | None, ...]
+
+    def apply(self, action: Array, state: Array) -> Array:
+        """``action`` (..., C, A) relative to ``state`` (..., S), numpy or torch.
+
+        Raises:
+            UserError: the dimensions are not those of ``state_of``.
+        """
+        return action - self._base(action, state)
+
+    def undo(self, action: Array, state: Array) -> Array:
+        """The inverse of ``apply``, up to rounding."""
+        return action + self._base(action, state)
+
+    def _base(self, action: Array, state: Array) -> Array:
+        """What is added or taken away, (..., 1, A)."""
+        largest = max((i for i in self.state_of if i is not None), default=-1)
+        if action.shape[-1] != len(self.state_of) or largest >= state.shape[-1] or min((i or 0) for i in self.state_of) < 0:
+            raise UserError(
+                f"actions of {action.shape[-1]} and states of {state.shape[-1]} dimensions meet {len(self.state_of)} entries up to state "
+                f"{largest}; give one entry per action dimension, each a state dimension from 0 on, or none"
+            )
+        base = state[..., [i or 0 for i in self.state_of]]
+        kept = [float(i is not None) for i in self.state_of]
+        mask = np.array(kept, base.dtype) if isinstance(base, np.ndarray) else base.new_tensor(kept)
+        return (base * mask)[..., None, :]
+
+
 class Normaliser:
     """An affine map per dimension, ``(x - offset) / scale``, on numpy arrays and torch tensors of shape (..., D).
 
@@ -31,7 +66,7 @@ class Normaliser:
 
     ``quantile`` and ``min_max`` map to [-1, 1]; nothing is clipped, so that the inverse is exact. A dimension whose
     scale is next to nothing although it varies (a gripper that moves in less than 2 % of the frames) falls back to
-    ``min_max``; one that does not vary keeps scale 1.
+    ``min_max``; one that does not vary keeps scale 1. ``guarded`` says so: ``range``, ``constant``, or nothing, per dimension.
 
     Raises:
         UserError: an unknown kind.
@@ -52,8 +87,10 @@ class Normaliser:
         }[kind]
         narrow = scale < SMALLEST_SCALE
         offset, scale = np.where(narrow, ends[0], offset), np.where(narrow, ends[1], scale)
+        still = scale < SMALLEST_SCALE
+        self.guarded = tuple(np.where(still, "constant", np.where(narrow, "range", "")).tolist())
         self.offset = offset.astype(np.float32)
-        self.scale = np.where(scale < SMALLEST_SCALE, 1.0, scale).astype(np.float32)
+        self.scale = np.where(still, 1.0, scale).astype(np.float32)
 
     def normalise(self, values: Array) -> Array:
         """Physical units to network units."""

@@ -1,31 +1,70 @@
-"""Batches of action chunks as a pure function of (seed, step): nothing to save, nothing to restore, the same on any rank."""
+"""Batches of action chunks as a pure function of (seed, step): nothing to save, nothing to restore, the same on any rank.
+
+A batch is global. Rank r of n takes the rows ``r B / n`` to ``(r + 1) B / n``, so the parts in the order of the ranks are the batch
+of one process.
+"""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from ..errors import UserError
+from .order import Order, Shuffled
 from .readers import Dataset
 
 Batch = dict[str, np.ndarray]
 
 
-def split_episodes(dataset: Dataset, held_out: float, seed: int = 0) -> tuple[list[int], list[int]]:
+class Sampler(Protocol):
+    """What draws samples from one dataset or several.
+
+    Attributes:
+        datasets: by the number that ``draw`` gives; batch_size: B, global.
+    """
+
+    datasets: tuple[Dataset, ...]
+    batch_size: int
+    foresight: int
+
+    def draw(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Datasets and frames (rows,) of this rank's part of the batch of ``step``, both int64."""
+
+    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """This rank's part of the batch of ``step``."""
+
+
+def rows_of(batch_size: int, rank: int, ranks: int) -> slice:
+    """The rows of a global batch that a rank takes.
+
+    Raises:
+        UserError: the batch cannot be divided evenly.
+    """
+    if batch_size % ranks or not 0 <= rank < ranks:
+        raise UserError(f"a global batch of {batch_size} cannot be divided among {ranks} processes; make batch_size a multiple of {ranks}")
+    return slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
+
+
+def split_episodes(
+    dataset: Dataset, held_out: float, seed: int = 0, episodes: Sequence[int] | None = None
+) -> tuple[list[int], list[int]]:
     """Episode indices for training and for validation, each task divided alike.
 
     Args:
         dataset: an opened dataset.
         held_out: share of each task's episodes that is held out, in [0, 1); rounded, but at least one where it is not 0.
         seed: of the choice.
+        episodes: indices to divide; default: all.
 
     Raises:
         UserError: nothing would be left for training.
     """
     generator = np.random.default_rng(seed)
+    among = dataset.episodes if episodes is None else [dataset.episodes[i] for i in sorted(episodes)]
     train: list[int] = []
     validation: list[int] = []
     for task in dataset.tasks:
-        members = np.array([episode.index for episode in dataset.episodes if episode.task == task])
+        members = np.array([episode.index for episode in among if episode.task == task], np.int64)
         count = max(1, round(held_out * len(members))) if held_out > 0 and len(members) else 0
         chosen = generator.permutation(len(members))[:count]
         validation += members[chosen].tolist()
@@ -43,12 +82,13 @@ class ChunkSampler:
     Args:
         dataset: an opened dataset.
         chunk: actions per sample, C.
-        batch_size: B.
+        batch_size: B, global.
         seed: of the order.
         action_key: the actions to learn: ``action``, or ``action.expert`` where noise was put on the executed ones.
         foresight: how many frames ahead ``future`` looks.
         episodes: episode indices; default: all.
         stride: frames between the starts of samples; 1 uses every frame.
+        order: ``Shuffled()``, or ``Windowed()`` where frames come from videos.
 
     Steps that the dataset marks as ``disturbed`` are not learned: no sample begins where one comes before ``foresight``,
     and chunks end where one comes.
@@ -67,11 +107,14 @@ class ChunkSampler:
         foresight: int = 1,
         episodes: Sequence[int] | None = None,
         stride: int = 1,
+        order: Order | None = None,
     ) -> None:
         for key in ("observation.state", action_key):
             if key not in dataset.vectors:
                 raise UserError(f"{dataset.path} has no '{key}'; it has {', '.join(dataset.vectors)}")
         chosen = dataset.episodes if episodes is None else [dataset.episodes[i] for i in episodes]
+        self.datasets = (dataset,)
+        self.chunk = chunk
         self.batch_size = batch_size
         self.seed = seed
         self.foresight = foresight
@@ -85,31 +128,47 @@ class ChunkSampler:
         self._state = dataset.vectors["observation.state"]
         self._action = dataset.vectors[action_key]
         self._steps = np.arange(chunk)
-        self._orders: dict[int, np.ndarray] = {}
+        self._order = order or Shuffled()
+        self.lanes = self._order.lanes(batch_size, len(self.frames))
+        self._orders: dict[tuple[int, int], list[np.ndarray]] = {}
 
     def __len__(self) -> int:
         """Samples per epoch."""
         return len(self.frames)
 
-    def indices(self, step: int) -> np.ndarray:
-        """Frame indices (B,) of the batch of ``step``."""
-        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs = places // len(self.frames)
-        drawn = np.empty(self.batch_size, np.int64)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            here = epochs == epoch
-            drawn[here] = self._order(epoch)[places[here] % len(self.frames)]
+    def indices(self, step: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
+        """Frame indices (B / ranks,) of this rank's part of the batch of ``step``."""
+        rows = np.arange(self.batch_size)[rows_of(self.batch_size, rank, ranks)]
+        lane, place = lanes_of(rows, step, self.batch_size, self.lanes)
+        drawn = np.empty(len(rows), np.int64)
+        for one in np.unique(lane):
+            drawn[lane == one] = self.at(place[lane == one], int(one), self.lanes)
         return drawn
 
-    def batch(self, step: int) -> Batch:
-        """The batch of ``step``.
+    def draw(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Sampler``."""
+        index = self.indices(step, rank, ranks)
+        return np.zeros_like(index), index
+
+    def at(self, places: np.ndarray, lane: int = 0, lanes: int = 1) -> np.ndarray:
+        """Frames (n,) at ``places`` (n,) of the endless sequence of one of ``lanes``, which share each epoch's frames."""
+        share = len(self.frames) // lanes + (lane < len(self.frames) % lanes)
+        epochs = places // share
+        drawn = np.empty(len(places), np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            drawn[here] = self._lanes(int(epoch), lanes)[lane][places[here] % share]
+        return drawn
+
+    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """The batch of ``step``, or a rank's part of it.
 
         Returns:
             ``index`` int64 (B,); ``state`` float32 (B, S); ``action`` float32 (B, C, A), the last action of the episode
             repeated beyond its end; ``mask`` bool (B, C), False there and from a disturbance on; ``future`` int64 (B,),
             the frame ``foresight`` steps on, or the last of the episode.
         """
-        return self.gather(self.indices(step))
+        return self.gather(self.indices(step, rank, ranks))
 
     def gather(self, index: np.ndarray) -> Batch:
         """The samples that start at frames ``index`` (B,), in the form of ``batch``."""
@@ -126,12 +185,20 @@ class ChunkSampler:
             "future": np.minimum(index + self.foresight, end),
         }
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            while len(self._orders) > 1:  # a batch touches at most neighbouring epochs at a time
-                self._orders.pop(next(iter(self._orders)))
-            self._orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.frames)
-        return self._orders[epoch]
+    def _lanes(self, epoch: int, lanes: int) -> list[np.ndarray]:
+        """The frames of an epoch, as its lanes take them; neighbouring epochs are kept, as lanes end an epoch in turn."""
+        if (epoch, lanes) not in self._orders:
+            while len(self._orders) > 2:
+                self._orders.pop(min(self._orders, key=lambda known: -abs(known[0] - epoch)))
+            generator = np.random.default_rng((self.seed, epoch))
+            self._orders[epoch, lanes] = self._order.arrange(self.frames, self._end[self.frames], epoch, lanes, generator)
+        return self._orders[epoch, lanes]
+
+
+def lanes_of(rows: np.ndarray, step: int, batch_size: int, lanes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lane, and place in the lane's sequence, of rows of the batch of ``step``: lanes are equal runs of rows."""
+    width = batch_size // lanes
+    return rows // width, step * width + rows % width
 
 
 def _next(marked: np.ndarray) -> np.ndarray:

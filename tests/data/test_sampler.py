@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from triune.data import ChunkSampler, Contract, Dataset, Episode, open_dataset
-from triune.data.loader import split_episodes
+from triune.data.sampler import split_episodes
 from triune.data.writer import DatasetWriter
 from triune.errors import UserError
 
