@@ -150,6 +150,19 @@ class Checkpoint:
         name = "golden/golden.json"
         return _read(self.folder, name, Golden) if name in self.manifest.files else None
 
+    def observations(self) -> list[Observation]:
+        """The golden observations; none if it was written without."""
+        found = []
+        for case in self.golden.cases if self.golden else ():
+            images = {camera: np.asarray(Image.open(self._listed(name)).convert("RGB")) for camera, name in case.images.items()}
+            found.append(Observation(images, np.array(case.state, np.float32), case.instruction, case.timestamp))
+        return found
+
+    def _listed(self, name: str) -> Path:
+        if name not in self.manifest.files:
+            raise UserError(f"{self.folder}: golden.json names '{name}', which the manifest does not list; {MEND}")
+        return self.folder / name
+
     def reference(self, name: str) -> Path:
         """The folder of the pretrained weights ``name``, its content checked.
 
@@ -319,9 +332,7 @@ def verify(checkpoint: Checkpoint, policy: Policy, dtype: Literal["float32", "bf
         )
     tolerance = checkpoint.golden.tolerance[dtype]
     rows = []
-    for index, case in enumerate(checkpoint.golden.cases):
-        images = {camera: np.asarray(Image.open(_listed(checkpoint, name)).convert("RGB")) for camera, name in case.images.items()}
-        observation = Observation(images, np.array(case.state, np.float32), case.instruction, case.timestamp)
+    for index, (case, observation) in enumerate(zip(checkpoint.golden.cases, checkpoint.observations(), strict=True)):
         found, expected = _answer(policy, observation, index, case.seed), np.array(case.actions, np.float32)
         error = float(np.abs(found - expected).max()) if found.shape == expected.shape else float("inf")
         rows.append(GoldenRow(index, error, tolerance, error <= tolerance))
@@ -332,12 +343,6 @@ def _answer(policy: Policy, observation: Observation, index: int, seed: int) -> 
     session = f"golden-{index}"
     policy.reset(session, seed)
     return policy.act(Request(session, observation)).chunk.actions
-
-
-def _listed(checkpoint: Checkpoint, name: str) -> Path:
-    if name not in checkpoint.manifest.files:
-        raise UserError(f"{checkpoint.folder}: golden.json names '{name}', which the manifest does not list; {MEND}")
-    return checkpoint.folder / name
 
 
 def _read(folder: Path, name: str, model: type[T]) -> T:

@@ -26,7 +26,7 @@ from ..vla.weights.released import LAYOUTS, Layout, Shapes, spec_changes, vlm_co
 from .checkpoint import read_checkpoint, write_checkpoint, write_golden
 from .inputs import Settings
 from .released import PROMPTS, Released, read_cameras, read_config, read_resize, read_steps, read_tensors, read_vector, read_words
-from .triune import anchored, from_checkpoint, graph_info
+from .triune import anchored, from_checkpoint, graph_info, load_model, spec_of
 
 VLM = "vlm"  # the folder in the checkpoint that holds what the VLM needs
 UND = "mot.experts.und.model."
@@ -92,6 +92,43 @@ def convert(source: Path, out: Path, tokenizer: Path | None = None) -> Contract:
             raise UserError(f"the tokenizer {words.name_or_path} gives other tokens once it is saved; give another as --tokenizer FOLDER")
         write_golden(folder, policy, _observations(contract, felt))
     return contract
+
+
+def merge_checkpoint(source: Path, out: Path) -> None:
+    """Write a fine-tuned checkpoint together with what it was fine-tuned from, adapters added to their weights, as one that stands
+    alone; it appears whole or not at all. Frozen weights that did not learn stay references.
+
+    Raises:
+        UserError: ``out`` is there already, or the checkpoint stands on no other.
+    """
+    if out.exists():
+        raise UserError(f"{out} is there already; give a new folder, or remove it first")
+    checkpoint = read_checkpoint(source)
+    if checkpoint.info.base is None:
+        raise UserError(f"{checkpoint.folder} holds all that it was trained to; there is nothing to merge")
+    spec, learned = spec_of(checkpoint), {name for part in checkpoint.lineage() for name, t in part.info.experts.items() if t.lora}
+    tree = spec.model_dump(mode="json")
+    for name in learned:
+        expert = tree["experts"][name]
+        if expert["frozen"] and expert["kind"] == "pretrained":
+            expert["weights"] = f"random:{expert['weights'].removeprefix('random:')}"
+        expert["frozen"] = False
+    whole = parse(Spec, tree, checkpoint.spec)
+    frozen = tuple(f"mot.experts.{n}." for n, e in whole.experts.items() if e.frozen)
+    weights = {n: p.detach().contiguous() for n, p in load_model(checkpoint, spec).named_parameters() if not n.startswith(frozen)}
+    with atomic_folder(out) as folder:
+        write_checkpoint(
+            folder,
+            spec=dump(whole),
+            contract=checkpoint.contract,
+            statistics=checkpoint.statistics,
+            weights=weights,
+            references=checkpoint.info.weights,
+            settings=checkpoint.info.settings,
+            source=checkpoint.info.source,
+            graph=graph_info(whole),
+        )
+        write_golden(folder, from_checkpoint(read_checkpoint(folder), device="cpu"), checkpoint.observations())
 
 
 def _tokenizer(source: Path, name: str | None, given: Path | None) -> Any:

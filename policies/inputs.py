@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import Strict
+from ..data.transforms import Relative
 from ..errors import UserError
 from ..vla.experts.pretrained import PretrainedVLM
 
@@ -63,10 +64,11 @@ class Words(Strict):
 
 class Settings(Strict):
     """What ``settings`` in ``policy.json`` says. Without ``resize`` images must have the contract's size; without ``words`` the model
-    folder's own processor makes the prompt."""
+    folder's own processor makes the prompt; with ``relative`` the network's actions are offsets from the state it saw."""
 
     resize: Resize | None = None
     words: Words | None = None
+    relative: Relative | None = None
 
     @model_validator(mode="after")
     def _sized(self) -> "Settings":

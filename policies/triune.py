@@ -62,8 +62,8 @@ class TriunePolicy(Policy):
         self.model = model.eval()
         self.contract = contract
         self.settings = settings or Settings()
-        self.state = _normaliser(statistics["observation.state"], contract.state)
-        self.action = _normaliser(statistics["action"], contract.action)
+        self.state = normaliser(statistics["observation.state"], contract.state)
+        self.action = normaliser(statistics["action"], contract.action)
         self.prompts = prompt_encoder(model, self.settings)
         self.image_token = model.vlm(next(n for n, s in model.spec.streams.items() if s.tokens == "prompt")).image_token
         self.sessions: dict[str, _Session] = {}
@@ -112,6 +112,8 @@ class TriunePolicy(Policy):
             if frames > 1:
                 session.seen = [*session.seen, self._seen(request.observation)][1 - frames :]
         actions = self.action.unnormalise(outputs.actions.float().cpu().numpy()[..., : self.contract.action.size])
+        if self.settings.relative is not None:
+            actions = self.settings.relative.undo(actions, np.stack([r.observation.state for r in padded]))
         timing = {"encode": 1e3 * (encoded - began), "model": 1e3 * (time.perf_counter() - encoded)}
         rate = self.contract.rate or 0.0
         return [
@@ -316,7 +318,8 @@ def load_trained(own: Mapping[str, torch.Tensor], file: Path) -> None:
         parameter.data.copy_(weights[name])
 
 
-def _normaliser(found: Statistics | Affine, vector: Vector) -> Normaliser | Affine:
+def normaliser(found: Statistics | Affine, vector: Vector) -> Normaliser | Affine:
+    """What brings the values of a vector into network units and back."""
     return found if isinstance(found, Affine) else Normaliser(found, vector.normalisation or "none")
 
 

@@ -1,9 +1,10 @@
 """What of a model learns when it is fine-tuned: whole experts, parts of them, or low-rank adapters (peft)."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import nn
 
 from ..config import Strict
@@ -24,7 +25,7 @@ class Lora(Strict):
     """
 
     rank: PositiveInt = 16
-    alpha: PositiveFloat | None = None
+    alpha: PositiveInt | None = None
     dropout: NonNegativeFloat = 0.0
     dora: bool = False
     targets: tuple[str, ...] | None = None
@@ -98,9 +99,12 @@ def adapt(expert: Expert, name: str, lora: Lora) -> None:
 
 
 def merge(model: Model) -> None:
-    """Add adapters to the weights beside which they stand; what is left are plain layers."""
+    """Add adapters to the weights beside which they stand; what is left are plain layers, which may be adapted anew."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if hasattr(child, "base_layer"):  # peft's layers alone
-                child.merge()
-                setattr(parent, name, child.get_base_layer())
+                layer: Any = child
+                layer.merge()
+                setattr(parent, name, layer.get_base_layer())
+    for expert in model.mot.experts.values():
+        vars(expert).pop("peft_config", None)

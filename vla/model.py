@@ -202,12 +202,19 @@ class Model(nn.Module):
         return self.foresight[head].predict(hidden, inputs.latents)
 
     def losses(
-        self, inputs: Inputs, targets: Targets, noise: Mapping[str, Tensor], time: Mapping[str, Tensor], cache: Cache | None = None
+        self,
+        inputs: Inputs,
+        targets: Targets,
+        noise: Mapping[str, Tensor],
+        time: Mapping[str, Tensor],
+        cache: Cache | None = None,
+        shares: Mapping[str, float] | None = None,
     ) -> dict[str, Tensor]:
         """Weighted sum ``loss`` and its terms, one per head.
 
         Args:
             noise: flow -> standard normal like its data; time: flow -> (B, T). Chunk steps at t = 1 are given and not scored.
+            shares: flow -> factor on its term, where these are some rows of a larger batch.
         """
         data = {n: self.data(n, targets) for n in self.spec.heads if n not in self.speech}
         noisy = {n: Noisy(interpolate(noise[n], data[n], time[n]), time[n]) for n in self.spec.flows}
@@ -218,7 +225,8 @@ class Model(nn.Module):
                 counted = time[name] < 1
                 counted = counted & targets.mask if isinstance(head, FlowHead) else counted
                 kind = head.loss if isinstance(head, FlowHead) else "l2"
-                terms[name] = flow_loss(predicted[name], data[name] - noise[name], counted, time[name], self.spec.flow(name), kind)
+                loss = flow_loss(predicted[name], data[name] - noise[name], counted, time[name], self.spec.flow(name), kind)
+                terms[name] = loss if shares is None else loss * shares.get(name, 1.0)
             elif name in data:
                 terms[name] = F.mse_loss(predicted[name], data[name])
             else:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ def train(task: Task, config: TrainConfig, out: Path, resume: bool = False, hook
     """
     team = Team(config)
     share = config.share(team.size)
-    team.first(lambda: (begin(out, resume), settle(out, config.keep))[0])
+    team.first(lambda: begin(out, resume, config.keep))
     if config.threads:
         torch.set_num_threads(config.threads)
     dtype = resolve_precision(config.precision, team.device)
@@ -124,7 +124,7 @@ def train(task: Task, config: TrainConfig, out: Path, resume: bool = False, hook
                 log.write(state.step, {"lr": lr, **state.meter.take()})
             log.advance(state.step)
             if state.step % config.validate_every == 0 or state.step == config.steps:
-                log.validate(state.step, validate(task, state, team, dtype))
+                log.validate(state.step, validate(task, shown, state, team, dtype))
             stopped = team.largest(stop[0] if stop else 0)  # a signal from here on is answered after the next step, with its checkpoint
             due = state.step % config.save_every == 0 or state.step == config.steps or stopped
             checkpoint = publish(out, task.save, state, config, team) if due else None
@@ -137,15 +137,15 @@ def train(task: Task, config: TrainConfig, out: Path, resume: bool = False, hook
 
 
 class Losses(nn.Module):
-    """A task's losses as the ``forward`` of a module, which is what DDP and FSDP2 take hold of."""
+    """A task's losses of a batch, or without one its validation, as the ``forward`` of a module: what DDP and FSDP2 take hold of."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.module = task.module
         self.task = [task]  # out of sight: its module is a part of this one once
 
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        return self.task[0].losses(batch)
+    def forward(self, batch: Any) -> dict[str, Any]:
+        return self.task[0].validate() if batch is None else self.task[0].losses(batch)
 
 
 def step_once(
@@ -183,12 +183,13 @@ def step_once(
 
 
 @torch.no_grad()
-def validate(task: Task, state: TrainState, team: Team, dtype: torch.dtype) -> dict[str, Any]:
+def validate(task: Task, shown: nn.Module, state: TrainState, team: Team, dtype: torch.dtype) -> dict[str, Any]:
     """What the weights that would be deployed now make of held-out data."""
+    deployed = state.ema.deployed() if state.ema else contextlib.nullcontext()
+    low = torch.autocast(team.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     task.module.eval()
-    with state.ema.deployed() if state.ema else contextlib.nullcontext(), torch.random.fork_rng(devices=[]):
-        with torch.autocast(team.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            found = task.validate()
+    with deployed, torch.random.fork_rng(devices=[]), low:
+        found = cast(dict[str, Any], shown(None))
     task.module.train()
     return found
 
@@ -207,8 +208,8 @@ def refuse_non_finite(values: dict[str, float], step: int) -> None:
         )
 
 
-def begin(out: Path, resume: bool) -> None:
-    """Make the run folder, or see that it is the one to resume.
+def begin(out: Path, resume: bool, keep: int) -> None:
+    """Make the run folder, or see that it is the one to resume, and clear what a kill left in it.
 
     Raises:
         UserError: ``resume`` without a run, or a run without ``resume``.
@@ -221,6 +222,7 @@ def begin(out: Path, resume: bool) -> None:
     if not saved:
         (out / "log.jsonl").unlink(missing_ok=True)  # a run that ended before its first checkpoint begins anew
     out.mkdir(parents=True, exist_ok=True)
+    settle(out, keep)
 
 
 @contextlib.contextmanager

@@ -1,85 +1,109 @@
-"""The recipe that trains a policy on demonstrations.
+"""The recipe that trains a policy on demonstrations, from the beginning or from another policy's checkpoint.
 
 Streams of frozen experts are a pure function of the frame and its words, so their keys and values are computed once and
-kept (``cache``); training then runs only what learns.
+kept (``cache``) where they fit; training then runs only what learns.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from rich.console import Console
-from rich.progress import track
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from ...config import Strict, dump, find, load_tree, merge, parse
-from ...data import ChunkSampler, Contract, Dataset, Normaliser, Observation, compute_statistics, open_dataset
+from ...data import Contract, Observation, Statistics
+from ...data.augment import Augment, Factors
+from ...data.sampler import Batch, ChunkSampler
+from ...data.transforms import Affine
 from ...errors import UserError
 from ...vla import Inputs, Spec
 from ...vla import build as build_model
+from ...vla.engine import infer
 from ...vla.flow import draw_times
 from ...vla.foresight import LatentForesight
 from ...vla.inputs import Targets
 from ...vla.mot import KV
 from ...vla.spec import FlowHead, LatentHead, PretrainedExpert
 from ...vla.weights import Reference, make_reference
-from ..checkpoint import read_checkpoint, write_checkpoint, write_golden
-from ..triune import anchored, from_checkpoint, graph_info, prompt, prompt_encoder
+from ..checkpoint import Checkpoint, read_checkpoint, write_checkpoint, write_golden
+from ..inputs import Settings
+from ..triune import anchored, from_checkpoint, graph_info, load_model, normaliser, prompt, prompt_encoder, read_statistics, spec_of
+from ..tuning import Tuning, tune
+from .demonstrations import Data, Demonstrations, make_sampler, measure, open_demonstrations, relative_to
+from .frames import Cache, InMemory, Kept, Streamed, Views, open_frames, parts_of
+from .loop import step_seed, to_device
 from .optim import TrainConfig, resolve_device, resolve_precision
+from .team import Part
 
 Kind = Literal["mean_std", "quantile", "min_max", "none"]
 
-
-class Augment(Strict):
-    """Photometric augmentation: each image's brightness, contrast and colour are scaled by 1 +- the given strength."""
-
-    brightness: NonNegativeFloat = 0.2
-    contrast: NonNegativeFloat = 0.2
-    saturation: NonNegativeFloat = 0.2
-
-
-class PrefixCache(Strict):
-    """Frozen prefixes are kept in memory where they fit.
-
-    Attributes:
-        variants: augmented copies of each frame beside the plain one.
-        limit_gb: above this size prefixes are computed in every step instead.
-    """
-
-    variants: NonNegativeInt = 1
-    limit_gb: PositiveFloat = 8.0
+VALIDATION_BATCH = 32
+"""Most samples of a validation batch."""
 
 
 class Recipe(Strict):
     """``kind: policy``.
 
     Attributes:
-        spec: name of a model spec; overrides: merged into it.
-        data: dataset folder.
+        spec: name of a model spec; or init: the checkpoint of a policy to go on from. overrides: merged into the spec.
+        data: a dataset, or a list of them with weights.
+        robot: the mapping of all datasets that name none of their own.
+        cameras: the datasets' cameras in the order in which the spec sees them, where they have other names; fewer are fewer views.
         action_key: dataset column that is learned: ``action`` (as executed) or ``action.expert`` (the expert's noise-free label).
         executed: control steps that are executed of each chunk; the foresight looks this far by the spec's horizon.
         prompt: template of the words; ``{instruction}`` is filled in.
+        normalise_state, normalise_action: how; by default as the policy of ``init`` does, or mean_std and quantile.
+        statistics: of the ``data``, or those of the ``checkpoint`` to go on from (``vla data stats --against`` compares them).
+        relative: names of actions that are learned as offsets from the state of the same name at the chunk's start.
         stride: frames between the starts of training chunks; 2 halves what has to be encoded.
         state_noise: standard deviation added to the normalised state, so that the policy looks rather than counts.
+        experts: how each expert learns, where not as the spec says.
+        checkpointing: layers are computed again in the backward pass rather than kept: a third more time, much less memory.
+        hold_out: share of each task's episodes that are never trained on; every ``train.validate_every`` steps the loss and the error
+            of whole predicted chunks are measured on ``validation_batches`` batches of them.
+        workers: threads that decode images ahead, where they do not fit into ``cache.images_gb``.
     """
 
     kind: Literal["policy"]
-    spec: str
+    spec: str | None = None
+    init: str | None = None
     overrides: dict[str, Any] = {}
-    data: str
+    data: str | tuple[Data, ...]
+    robot: str | None = None
+    cameras: tuple[str, ...] | None = None
     action_key: Literal["action", "action.expert"] = "action"
-    executed: PositiveInt
-    prompt: str = "{instruction}"
-    normalise_state: Kind = "mean_std"
-    normalise_action: Kind = "quantile"
+    executed: PositiveInt | None = None
+    prompt: str | None = None
+    normalise_state: Kind | None = None
+    normalise_action: Kind | None = None
+    statistics: Literal["data", "checkpoint"] = "data"
+    relative: tuple[str, ...] = ()
     stride: PositiveInt = 1
     state_noise: NonNegativeFloat = 0.0
     augment: Augment | None = Augment()
-    cache: PrefixCache = PrefixCache()
+    cache: Cache = Cache()
+    experts: dict[str, Tuning] = {}
+    checkpointing: bool = False
+    hold_out: float = Field(0.0, ge=0, lt=1)
+    validation_batches: PositiveInt = 8
+    workers: NonNegativeInt = 4
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _begins(self) -> "Recipe":
+        if (self.spec is None) == (self.init is None):
+            raise ValueError("give either spec, a model to train from its beginning, or init, the checkpoint of a policy to go on from")
+        if self.init is None and self.executed is None:
+            raise ValueError("'executed' is required: how many control steps of each chunk are executed")
+        if self.init is None and self.statistics == "checkpoint":
+            raise ValueError("statistics: checkpoint are those of init, which is not given")
+        if self.statistics == "checkpoint" and (self.relative or self.normalise_state or self.normalise_action):
+            raise ValueError(
+                "statistics: checkpoint normalise as that policy did; leave out relative, normalise_state and normalise_action"
+            )
+        return self
 
 
 class PolicyTask:
@@ -91,35 +115,31 @@ class PolicyTask:
 
     def __init__(self, recipe: Recipe, out: Path) -> None:
         self.recipe, self.out = recipe, out
-        self.spec = anchored(recipe_spec(recipe), Path.cwd())  # a checkpoint's own relative paths are inside its folder
-        self.dataset = open_dataset(recipe.data)
-        check_dataset(self.dataset, self.spec, recipe)
-        self.module = build_model(self.spec, recipe.train.seed)
+        self.base = None if recipe.init is None else read_checkpoint(recipe.init)
+        self.spec = recipe_spec(recipe, self.base)
         self.device = resolve_device(recipe.train.device)
+        self.demonstrations = open_demonstrations(recipe.data, recipe.robot, recipe.hold_out, recipe.train.seed)
+        check_dataset(self.demonstrations, self.spec, recipe)
+        self.module = build_model(self.spec, recipe.train.seed) if self.base is None else load_model(self.base, self.spec)
+        tune(self.module, recipe.experts)
+        self.module.mot.checkpointing = recipe.checkpointing
         self.module.to(self.device)
-        self.contract = policy_contract(self.dataset.contract, recipe, self.chunk)
-        found = compute_statistics(self.dataset)
-        self.statistics = {"observation.state": found["observation.state"], "action": found[recipe.action_key]}
-        self.state = Normaliser(self.statistics["observation.state"], recipe.normalise_state)
-        self.action = Normaliser(self.statistics["action"], recipe.normalise_action)
-        horizon = max([h.horizon for h in self.spec.heads.values() if isinstance(h, LatentHead)], default=0)
-        self.sampler = ChunkSampler(
-            self.dataset,
-            self.chunk,
-            recipe.train.batch_size,
-            recipe.train.seed,
-            action_key=recipe.action_key,
-            foresight=horizon,
-            stride=recipe.stride,
-        )
-        self.images = np.stack([self.dataset.load_images(c) for c in self.spec.cameras], axis=1)  # (frames, V, H, W, 3)
-        self.prompts = self._encode_prompts()
-        self.present = Kept(len(self.images), self.sampler.frames)
+        self.settings = self._settings()
+        self.contract = policy_contract(self.demonstrations.contract, recipe, self.spec, self.base)
+        self._normalisers()
+        heads = {n: h for n, h in self.spec.heads.items() if isinstance(h, LatentHead)}
+        foreseen = next((h.cameras for h in heads.values()), ())
+        ahead = max([h.horizon for h in heads.values()], default=0)
+        drawing = (recipe.train.seed, recipe.action_key, ahead, recipe.stride, self.demonstrations.order)
+        self.sampler = make_sampler(self.demonstrations.sources, self.chunk, recipe.train.batch_size, *drawing)
+        self.frames = open_frames(self.demonstrations, self.sampler, self.spec, foreseen, recipe.cache, recipe.workers)
+        held = self.demonstrations.held
+        self.held = make_sampler(held, self.chunk, min(recipe.train.batch_size, VALIDATION_BATCH), *drawing) if held else None
+        self.held_frames = self._held_frames(foreseen)
         self.seeing = any(module.needs_present for module in self.module.foresight.values())
-        frames = self.sampler.gather(self.sampler.frames)["future"]
-        self.latent = Kept(len(self.images), np.union1d(frames, self.sampler.frames if self.seeing else frames))
-        self.latents = self._encode_latents()
-        self.prefix = self._encode_prefixes()
+        self.said = self._encode_tasks()
+        self.present, self.prefix = self._encode_prefixes()
+        self.latent, self.latents = self._encode_latents()
 
     @property
     def chunk(self) -> int:
@@ -127,76 +147,161 @@ class PolicyTask:
 
     # loop.Task ------------------------------------------------------------------------------------------------------
 
-    def batch(self, index: int) -> dict[str, Any]:
-        rng = np.random.default_rng(np.random.SeedSequence([self.recipe.train.seed, index, 1]))
-        drawn = self.sampler.batch(index)
-        frames = drawn["index"]
+    def batch(self, part: Part) -> dict[str, Any]:
+        rng = np.random.default_rng(np.random.SeedSequence([self.recipe.train.seed, part.step, 1]))
+        count, mine = self.recipe.train.batch_size, part.rows(self.recipe.train.batch_size)
+        drawn = self.sampler.batch(part.step, part.number, part.of)
         state = self.state.normalise(drawn["state"])
-        state = state + self.recipe.state_noise * rng.standard_normal(state.shape)
-        ids, present = self.prompts
-        batch: dict[str, Any] = {
-            "state": torch.from_numpy(state.astype(np.float32)),
-            "actions": torch.from_numpy(self.action.normalise(drawn["action"]).astype(np.float32)),
-            "mask": torch.from_numpy(drawn["mask"]),
-            "future": self._latents(drawn["future"]),
-            "ids": ids[frames],
-            "present": present[frames],
-        }
-        if self.seeing:
-            batch["latents"] = self._latents(frames)
+        noise = self.recipe.state_noise * rng.standard_normal((count, state.shape[1]))[mine]
+        batch = self._known(drawn, state + noise, part) | {"part": part}
+        if part.of > 1:  # what the whole batch's means count, not this part's
+            batch["whole"] = torch.from_numpy(self.sampler.batch(part.step)["mask"])
         if self.prefix is not None:
-            variant = rng.integers(0, self.prefix.shape[0], len(frames))
+            variant = rng.integers(0, self.prefix.shape[0], count)[mine]
             # in numpy: torch would gather with threads of its own, beside those that compute the step before
-            kept = self.prefix.view(torch.int16).numpy()[variant, self.present.rows(frames)]
-            batch["prefix"] = torch.from_numpy(kept).view(torch.bfloat16)
-        else:
-            views = self._views(frames)
-            views = views if self.recipe.augment is None else augment(views, self.recipe.augment, rng)
-            batch["images"] = torch.from_numpy(views).permute(0, 1, 4, 2, 3)
-        return batch
+            kept = self.prefix.view(torch.int16).numpy()[variant, self.present.rows(drawn["index"])]
+            return batch | {"prefix": torch.from_numpy(kept).view(torch.bfloat16)}
+        strength = self.recipe.augment
+        factors = None if strength is None else strength.draw((count, len(self.spec.cameras)), rng)[mine]
+        return batch | {"views": self.frames.views(drawn, part), "factors": factors}
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        inputs = Inputs(batch.get("images"), batch.get("ids"), batch["present"], batch["state"], batch.get("latents"))
-        targets = Targets(batch["actions"], batch["mask"], batch["future"])
-        noise, time = self._noise(targets)
+        part = batch["part"]
+        inputs, targets = self._inputs(batch), Targets(batch["actions"], batch["mask"], batch["future"])
+        generator = torch.Generator().manual_seed(step_seed(self.recipe.train.seed, part.step))
+        noise, time = self._noise(targets, generator, self.recipe.train.batch_size)
+        shares = self._shares(time, batch.get("whole"), part)
+        mine = part.rows(self.recipe.train.batch_size)
+        noise, time = ({n: t[mine] for n, t in drawn.items()} for drawn in (noise, time))
         cache = None
         if "prefix" in batch:  # (B, L, 2, G, T, H)
             layers = [layer.unbind(1) for layer in batch["prefix"].unbind(1)]
-            height, width = self.images.shape[2:4]
-            own = self.module.vlm(self._prompt_stream).own(batch["ids"], batch["present"], (height, width))
+            own = self.module.vlm(self._prompt_stream).own(batch["ids"], batch["present"], self._size)
             kv = KV(tuple(k for k, _ in layers), tuple(v for _, v in layers), batch["present"], own)
             cache = {self._prompt_stream: kv}
-        return self.module.losses(inputs, targets, noise, time, cache)
+        return self.module.losses(inputs, targets, noise, time, cache, shares)
 
-    def _noise(self, targets: Targets) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Noise and time of every flow; the steps of a chunk that are settled before carry t = 1."""
-        noise: dict[str, Tensor] = {}
-        time: dict[str, Tensor] = {}
-        for name in self.spec.flows:
-            head = self.spec.flow(name)
-            noise[name] = torch.randn_like(self.module.data(name, targets))
-            rows, length = noise[name].shape[:2]
-            drawn = draw_times((rows, 1), head).to(targets.actions.device).expand(rows, length)
-            if isinstance(head, FlowHead) and head.prefix:
-                settled = torch.randint(0, head.prefix + 1, (rows, 1), device=drawn.device)
-                drawn = torch.where(torch.arange(length, device=drawn.device) < settled, 1.0, drawn)
-            time[name] = drawn
-        return noise, time
+    def validate(self) -> dict[str, Any]:
+        """Held-out losses; the error of predicted chunks, absolute and in network units, whole and per step; and per action in its unit."""
+        if self.held is None:
+            return {}
+        sums: dict[str, Tensor] = {}
+        error, counted = torch.zeros(self.chunk, self.contract.action.size), torch.zeros(self.chunk)
+        for number in range(self.recipe.validation_batches):
+            drawn = self.held.batch(number)
+            part = Part(number)
+            batch = self._known(drawn, self.state.normalise(drawn["state"]), part, self.held_frames)
+            batch |= {"views": self.held_frames.views(drawn, part), "factors": None}
+            batch = to_device(batch, self.device)
+            inputs, targets = self._inputs(batch), Targets(batch["actions"], batch["mask"], batch["future"])
+            generator = torch.Generator().manual_seed(step_seed(number, 3))
+            noise, time = self._noise(targets, generator, len(drawn["index"]))
+            for name, value in self.module.losses(inputs, targets, noise, time).items():
+                sums[f"held_out_{name}"] = sums.get(f"held_out_{name}", 0) + value.float() / self.recipe.validation_batches
+            found = infer(self.module, inputs, noise).actions
+            assert found is not None
+            off, mask = (found.float() - targets.actions).abs().cpu()[..., : error.shape[1]], targets.mask.cpu()
+            error += (off * mask[..., None]).sum(0)
+            counted += mask.sum(0)
+        scale = self.action.unnormalise(np.ones(error.shape[1], np.float32)) - self.action.unnormalise(np.zeros(error.shape[1], np.float32))
+        per_step = error.mean(1) / counted.clamp(min=1)
+        per_action = torch.from_numpy(np.abs(scale)) * error.sum(0) / counted.sum()
+        return {
+            **{name: float(value) for name, value in sums.items()},
+            "open_loop_error": float(error.sum() / counted.sum() / error.shape[1]),
+            "open_loop_error_per_step": per_step.tolist(),
+            "open_loop_error_per_action": dict(zip(self.contract.action.names, per_action.tolist(), strict=True)),
+        }
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        statistics = {key: value.model_dump(mode="json") for key, value in self.statistics.items()}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+        frozen = tuple(f"mot.experts.{n}." for n, e in self.spec.experts.items() if e.frozen)
+        complete = {n for n, _ in self.module.named_parameters() if not n.startswith(frozen)} <= weights.keys()
         write_checkpoint(
             folder,
             spec=dump(self.spec),
             contract=self.contract,
-            statistics=statistics,
-            weights=tensors,
+            statistics={key: value.model_dump(mode="json") for key, value in self.statistics.items()},
+            weights=weights,
             references=references(self.spec),
+            settings=self.settings.model_dump(mode="json"),
             graph=graph_info(self.spec),
+            base=None if complete or self.base is None else self.base.folder,
+            experts={} if complete else self.recipe.experts,
         )
-        policy = from_checkpoint(read_checkpoint(folder))
+        policy = from_checkpoint(read_checkpoint(folder), device="cpu")
         write_golden(folder, policy, self._golden_observations())
+
+    # what a batch is made of ----------------------------------------------------------------------------------------
+
+    def _known(self, drawn: Batch, state: np.ndarray, part: Part, frames: InMemory | Streamed | None = None) -> dict[str, Any]:
+        """All but what is seen: states and actions padded to the network's sizes, words, and the future."""
+        relative, frames = self.settings.relative, frames or self.frames
+        action = drawn["action"] if relative is None else relative.apply(drawn["action"], drawn["state"])
+        head = next(h for h in self.spec.heads.values() if isinstance(h, FlowHead))
+        ids, present = self._words(drawn, state)
+        batch: dict[str, Any] = {
+            "state": torch.from_numpy(_padded(state.astype(np.float32), self.spec.state_dim)),
+            "actions": torch.from_numpy(_padded(self.action.normalise(action).astype(np.float32), head.action_dim)),
+            "mask": torch.from_numpy(drawn["mask"]),
+            "ids": ids,
+            "present": present,
+        }
+        if self.latents is not None and self.latent.holds(drawn["future"]):
+            batch["future"] = self._latents(drawn["future"])
+            if self.seeing:
+                batch["latents"] = self._latents(drawn["index"])
+        else:
+            batch["future"] = frames.future(drawn, part)
+        return batch
+
+    def _words(self, drawn: Batch, state: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Prompt ids and presence, (B, T); encoded for each sample where they tell the state."""
+        tasks = self.demonstrations.task_of(drawn.get("dataset", np.zeros_like(drawn["index"])), drawn["index"])
+        if self.said is not None:
+            return self.said[0][tasks], self.said[1][tasks]
+        words, template = self.settings.words, self.contract.prompt or "{instruction}"
+        assert words is not None
+        texts = [words.fill(template, self.demonstrations.tasks[task], row) for task, row in zip(tasks, state, strict=True)]
+        return self.encoder(texts, self.spec.views)
+
+    def _inputs(self, batch: dict[str, Any]) -> Inputs:
+        images = self._pictures(batch["views"], batch["factors"]) if "views" in batch else None
+        return Inputs(images, batch["ids"], batch["present"], batch["state"], batch.get("latents"))
+
+    def _pictures(self, views: Views, factors: Factors | None) -> Tensor:
+        """Images (B, V, 3, Y, X) of all cameras and their past, augmented and resized where they are."""
+        varied = [v if factors is None else Factors(factors.values[:, i]).apply(v) for i, v in enumerate(views)]
+        if self.settings.resize is None:
+            return torch.cat(varied, dim=1).permute(0, 1, 4, 2, 3)
+        return torch.cat([self.settings.resize(view.permute(0, 1, 4, 2, 3)) for view in varied], dim=1)
+
+    def _noise(self, targets: Targets, generator: torch.Generator, rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Noise and time of every flow for a whole batch of ``rows``; the steps of a chunk that are settled before carry t = 1."""
+        noise: dict[str, Tensor] = {}
+        time: dict[str, Tensor] = {}
+        device = targets.actions.device
+        for name in self.spec.flows:
+            head, (length, size) = self.spec.flow(name), self.module.flow_shapes()[name]
+            noise[name] = torch.randn(rows, length, size, generator=generator).to(device)
+            drawn = draw_times((rows, 1), head, generator).expand(rows, length)
+            if isinstance(head, FlowHead) and head.prefix:
+                settled = torch.randint(0, head.prefix + 1, (rows, 1), generator=generator)
+                drawn = torch.where(torch.arange(length) < settled, 1.0, drawn)
+            time[name] = drawn.to(device)
+        return noise, time
+
+    def _shares(self, time: dict[str, Tensor], whole: Tensor | None, part: Part) -> dict[str, float]:
+        """Flow -> what its mean over this part must be multiplied by, so that the mean of all parts is the mean of the batch: a part
+        with more of its steps beyond the ends of episodes counts less."""
+        if whole is None:
+            return {}
+        shares = {}
+        for name, at in time.items():
+            counted = at.cpu() < 1
+            counted = counted & whole.cpu() if isinstance(self.spec.heads[name], FlowHead) else counted
+            mine = counted[part.rows(len(counted))]
+            shares[name] = part.of * float(mine.sum()) / max(1.0, float(counted.sum()))
+        return shares
 
     # what is computed once ------------------------------------------------------------------------------------------
 
@@ -204,110 +309,107 @@ class PolicyTask:
     def _prompt_stream(self) -> str:
         return next(n for n, s in self.spec.streams.items() if s.tokens == "prompt")
 
-    def _encode_prompts(self) -> tuple[Tensor, Tensor]:
-        """Prompt ids and presence of every frame, (frames, T)."""
-        encoder = prompt_encoder(self.module)
-        tasks = [e.task for e in self.dataset.episodes]
-        ids, present = encoder([prompt(self.contract, task) for task in tasks], self.spec.views)
-        owner = torch.repeat_interleave(torch.arange(len(tasks)), torch.tensor([e.length for e in self.dataset.episodes]))
-        return ids[owner], present[owner]
+    def _learns(self, stream: str) -> bool:
+        return any(p.requires_grad for p in self.module.mot.experts[self.module.graph.owner[stream]].parameters())
+
+    def _settings(self) -> Settings:
+        """Those of the policy to go on from, with this recipe's relative actions."""
+        base = Settings() if self.base is None else parse(Settings, self.base.info.settings, self.base.folder / "policy.json")
+        if self.recipe.statistics == "checkpoint":
+            return base
+        return base.model_copy(update={"relative": relative_to(self.demonstrations.contract, self.recipe.relative)})
+
+    def _normalisers(self) -> None:
+        self.statistics: dict[str, Statistics | Affine]
+        if self.recipe.statistics == "checkpoint" and self.base is not None:
+            self.statistics = read_statistics(self.base)
+        else:
+            self.statistics = dict(measure(self.demonstrations, self.chunk, self.recipe.action_key, self.settings.relative))
+        self.state = normaliser(self.statistics["observation.state"], self.contract.state)
+        self.action = normaliser(self.statistics["action"], self.contract.action)
+
+    def _held_frames(self, foreseen: tuple[str, ...]) -> InMemory | Streamed:
+        if self.held is None or isinstance(self.frames, InMemory):
+            return self.frames
+        return Streamed(self.held, self.spec, foreseen, self.recipe.cache, self.recipe.workers, alone=True)
+
+    def _encode_tasks(self) -> tuple[Tensor, Tensor] | None:
+        """Prompt ids and presence of every task, (tasks, T); None where prompts tell the state, too."""
+        self.encoder = prompt_encoder(self.module, self.settings)
+        if self.settings.words is not None and self.settings.words.state_bins:
+            return None
+        words = self.settings.words
+        plain = [prompt(self.contract, task) for task in self.demonstrations.tasks]
+        template = self.contract.prompt or "{instruction}"
+        texts = plain if words is None else [words.fill(template, t, np.zeros(0)) for t in self.demonstrations.tasks]
+        return self.encoder(texts, self.spec.views)
 
     @torch.no_grad()
-    def _encode_latents(self) -> np.ndarray:
-        """Latent patches of the frames in ``self.latent``, float16 (frames, T, P): what the foresight expert sees and predicts."""
+    def _encode_latents(self) -> tuple[Kept, np.ndarray | None]:
+        """Latent patches float16 (frames, T, P) of the frames that are foreseen or seen; None where frames are not in memory."""
         module = next((m for m in self.module.foresight.values() if isinstance(m, LatentForesight)), None)
-        if module is None:
-            return np.zeros((len(self.latent.frames), 0, 0), np.float16)
-        views = [self.spec.cameras.index(c) for c in module.head.cameras]
+        if module is None or not isinstance(self.frames, InMemory):
+            return Kept(0, np.zeros(0, np.int64)), None
+        drawn = [sampler.frames for sampler in (self.sampler, self.held) if isinstance(sampler, ChunkSampler)]
+        future = np.concatenate([self.sampler.gather(frames)["future"] for frames in drawn if isinstance(self.sampler, ChunkSampler)])
+        kept = Kept(len(self.frames), np.union1d(future, np.concatenate(drawn) if self.seeing else future))
         parts = []
-        for _, frames in parts_of(self.latent.frames, "latents of frames"):
+        for _, frames in parts_of(kept.frames, "latents of frames"):
             with self._autocast():
-                parts.append(module.encode(self._pixels(self.images[frames][:, views])).half().cpu().numpy())
-        return np.concatenate(parts)
-
-    def _views(self, frames: np.ndarray) -> np.ndarray:
-        """Images (B, V, H, W, 3) seen at frames of the dataset: the past of each camera (``spec.History``), the oldest first."""
-        history = self.spec.history
-        starts = np.array([e.start for e in self.dataset.episodes])
-        first = starts[np.searchsorted(starts, frames, side="right") - 1]
-        past = [np.maximum(frames - back * history.every, first) for back in range(history.frames - 1, -1, -1)]
-        return np.stack([self.images[at] for at in past], axis=2).reshape(len(frames), -1, *self.images.shape[2:])
+                pixels = self.frames.future({"future": frames}, Part(0)).to(self.device)
+                parts.append(module.encode(pixels).half().cpu().numpy())
+        return kept, np.concatenate(parts)
 
     def _latents(self, frames: np.ndarray) -> Tensor:
         """Patches (B, T, P) of frames of the dataset."""
+        assert self.latents is not None
         return torch.from_numpy(self.latents[self.latent.rows(frames)].astype(np.float32))
 
     @torch.no_grad()
-    def _encode_prefixes(self) -> Tensor | None:
-        """Keys and values of the frozen prompt stream at the frames in ``self.present``, (variants, frames, L, 2, G, T, H) in bf16;
-        None if they must not be kept."""
-        stream, space = self._prompt_stream, self.spec.space
-        expert, recipe = self.module.graph.owner[stream], self.recipe
+    def _encode_prefixes(self) -> tuple[Kept, Tensor | None]:
+        """Keys and values of the prompt stream at the frames that are drawn, (variants, frames, L, 2, G, T, H) in bf16; None if they
+        change in training, or must not be kept."""
+        stream, space, recipe = self._prompt_stream, self.spec.space, self.recipe
+        none = Kept(0, np.zeros(0, np.int64)), None
+        if not isinstance(self.frames, InMemory) or not isinstance(self.sampler, ChunkSampler) or self.said is None or self._learns(stream):
+            return none
+        kept = Kept(len(self.frames), self.sampler.frames)
         variants = 1 + (recipe.cache.variants if recipe.augment else 0)
-        shape = (
-            variants,
-            len(self.present.frames),
-            self.module.vlm(stream).depth,
-            2,
-            space.kv_heads,
-            self.spec.streams[stream].length,
-            space.head_dim,
-        )
-        if not self.spec.experts[expert].frozen or 2 * np.prod(shape, dtype=np.float64) > recipe.cache.limit_gb * 1e9:
-            return None
-        kept = torch.empty(shape, dtype=torch.bfloat16)
-        ids, present = self.prompts
+        depth, length = self.module.vlm(stream).depth, self.spec.streams[stream].length
+        shape = (variants, len(kept.frames), depth, 2, space.kv_heads, length, space.head_dim)
+        if 2 * np.prod(shape, dtype=np.float64) > recipe.cache.limit_gb * 1e9:
+            return none
+        prefixes = torch.empty(shape, dtype=torch.bfloat16)
         self.module.eval()
         for variant in range(variants):
             rng = np.random.default_rng(np.random.SeedSequence([recipe.train.seed, variant, 2]))
-            for rows, frames in parts_of(self.present.frames, "frozen prefixes"):
-                views = self._views(frames)
-                views = views if variant == 0 or recipe.augment is None else augment(views, recipe.augment, rng)
-                inputs = Inputs(self._pixels(views), ids[frames].to(self.device), present[frames].to(self.device))
+            for rows, frames in parts_of(kept.frames, "frozen prefixes"):
+                ids, present = (t.to(self.device) for t in self._words({"index": frames}, np.zeros(0)))
+                strength = recipe.augment if variant else None
+                factors = None if strength is None else strength.draw((len(frames), len(self.spec.cameras)), rng)
+                images = self._pictures([view.to(self.device) for view in self.frames.at(frames)], factors)
+                self._size = (images.shape[-2], images.shape[-1])
                 with self._autocast():
-                    _, kv = self.module.mot(self.module.embed([stream], inputs), {}, keep=[stream])
+                    _, kv = self.module.mot(self.module.embed([stream], Inputs(images, ids, present)), {}, keep=[stream])
                 pairs = [torch.stack([k, v], dim=1) for k, v in zip(kv[stream].keys, kv[stream].values, strict=True)]
-                kept[variant, rows] = torch.stack(pairs, dim=1).to(torch.bfloat16).cpu()
-        return kept
+                prefixes[variant, rows] = torch.stack(pairs, dim=1).to(torch.bfloat16).cpu()
+        return kept, prefixes
 
     def _autocast(self) -> torch.autocast:
         precision = resolve_precision(self.recipe.train.precision, self.device)
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
 
-    def _pixels(self, views: np.ndarray) -> Tensor:
-        return torch.from_numpy(views).permute(0, 1, 4, 2, 3).to(self.device)
-
     def _golden_observations(self) -> list[Observation]:
-        """Five frames spread over the dataset."""
-        picks = np.linspace(0, len(self.images) - 1, 5).astype(int)
-        starts = np.array([e.start for e in self.dataset.episodes])
+        """Five frames spread over the first dataset."""
+        dataset = self.demonstrations.datasets[0]
+        starts = np.array([e.start for e in dataset.episodes])
         out = []
-        for frame in picks:
-            episode = self.dataset.episodes[int(np.searchsorted(starts, frame, side="right")) - 1]
-            images = {c: self.images[frame, v] for v, c in enumerate(self.spec.cameras)}
-            state = self.dataset.vectors["observation.state"][frame]
-            out.append(Observation(images, state, episode.task, (int(frame) - episode.start) / self.dataset.fps))
+        for frame in np.linspace(0, len(dataset) - 1, 5).astype(int).tolist():
+            episode = dataset.episodes[int(np.searchsorted(starts, frame, side="right")) - 1]
+            images = {c: dataset.frames(c, [frame])[0] for c in self.spec.cameras}
+            state = dataset.vectors["observation.state"][frame]
+            out.append(Observation(images, state, episode.task, (frame - episode.start) / dataset.fps))
         return out
-
-
-class Kept:
-    """Which frames of a dataset something was computed for, and in which row it stands."""
-
-    def __init__(self, total: int, frames: np.ndarray) -> None:
-        self.frames = frames
-        self._row = np.full(total, -1, np.int64)
-        self._row[frames] = np.arange(len(frames))
-
-    def rows(self, frames: np.ndarray) -> np.ndarray:
-        """Rows of ``frames``, all of which must be kept."""
-        return self._row[frames]
-
-
-def parts_of(frames: np.ndarray, what: str, size: int = 64) -> Iterator[tuple[slice, np.ndarray]]:
-    """Rows and frames in parts of ``size``, with a progress bar on standard error."""
-    starts = range(0, len(frames), size)
-    for start in track(starts, f"encoding {what}", console=Console(stderr=True), transient=True):
-        yield slice(start, start + size), frames[start : start + size]
 
 
 def build(recipe: Recipe, out: Path) -> PolicyTask:
@@ -315,43 +417,61 @@ def build(recipe: Recipe, out: Path) -> PolicyTask:
     return PolicyTask(recipe, out)
 
 
-def recipe_spec(recipe: Recipe) -> Spec:
-    """The recipe's spec with its overrides."""
-    path = find(recipe.spec, "model")
-    return parse(Spec, merge(load_tree(path), recipe.overrides), f"{path} with the recipe's overrides")
+def recipe_spec(recipe: Recipe, base: Checkpoint | None = None) -> Spec:
+    """The recipe's spec, or that of the checkpoint it goes on from, with its overrides and cameras."""
+    changes = recipe.overrides if recipe.cameras is None else merge(recipe.overrides, {"cameras": list(recipe.cameras)})
+    if base is not None:
+        return parse(Spec, merge(spec_of(base).model_dump(mode="json"), changes), f"the spec of {base.folder} with the recipe's overrides")
+    path = find(recipe.spec or "", "model")
+    spec = parse(Spec, merge(load_tree(path), changes), f"{path} with the recipe's overrides")
+    return anchored(spec, Path.cwd())  # a checkpoint's own relative paths are inside its folder
 
 
-def policy_contract(data: Contract, recipe: Recipe, chunk: int) -> Contract:
-    """The dataset's conventions with what training adds: normalisation, chunk, executed steps, prompt."""
-    state = data.state.model_copy(update={"normalisation": recipe.normalise_state})
-    action = data.action.model_copy(update={"normalisation": recipe.normalise_action})
-    return data.model_copy(update={"state": state, "action": action, "chunk": chunk, "executed": recipe.executed, "prompt": recipe.prompt})
+def policy_contract(data: Contract, recipe: Recipe, spec: Spec, base: Checkpoint | None = None) -> Contract:
+    """The dataset's conventions with what training adds: normalisation, chunk, executed steps, prompt. What the recipe does not say is
+    that of the checkpoint it goes on from."""
+    before = None if base is None else base.contract
+    chunk = next(s.length for n, s in spec.streams.items() if isinstance(spec.heads.get(n), FlowHead))
+    state = recipe.normalise_state or (before and before.state.normalisation) or "mean_std"
+    action = recipe.normalise_action or (before and before.action.normalisation) or "quantile"
+    cameras = {camera.name: camera for camera in data.cameras}
+    return data.model_copy(
+        update={
+            "cameras": tuple(cameras[name] for name in spec.cameras),
+            "state": data.state.model_copy(update={"normalisation": state}),
+            "action": data.action.model_copy(update={"normalisation": action}),
+            "chunk": chunk,
+            "executed": recipe.executed or (before and before.executed) or chunk,
+            "prompt": recipe.prompt or (before and before.prompt) or "{instruction}",
+        }
+    )
 
 
-def check_dataset(dataset: Dataset, spec: Spec, recipe: Recipe) -> None:
-    """Refuse a dataset that does not fit the spec.
+def check_dataset(demonstrations: Demonstrations, spec: Spec, recipe: Recipe) -> None:
+    """Refuse datasets that do not fit the spec.
 
     Raises:
-        UserError: naming the camera, the dimensions or the column that differ.
+        UserError: naming the column, the camera or the dimensions that differ.
     """
     check_spec(spec)
-    missing = [c for c in spec.cameras if c not in dataset.cameras]
-    if missing:
-        raise UserError(
-            f"{dataset.path} has no camera {', '.join(missing)} (it has {', '.join(dataset.cameras)}), which {spec.name} sees; "
-            "record it, or set overrides.cameras to what there is"
-        )
-    if recipe.action_key not in dataset.vectors:
-        known = ", ".join(k for k in dataset.vectors if k.startswith("action"))
-        raise UserError(f"{dataset.path} has no column '{recipe.action_key}'; set action_key to one of {known}")
     head = next(h for h in spec.heads.values() if isinstance(h, FlowHead))
-    for what, want, key in (("state", spec.state_dim, "observation.state"), ("action", head.action_dim, recipe.action_key)):
-        have = dataset.vectors[key].shape[1]
-        if have != want:
+    for dataset in demonstrations.datasets:
+        if recipe.action_key not in dataset.vectors:
+            known = ", ".join(k for k in dataset.vectors if k.startswith("action"))
+            raise UserError(f"{dataset.path} has no column '{recipe.action_key}'; set action_key to one of {known}")
+        missing = [c for c in spec.cameras if c not in dataset.cameras]
+        if missing:
             raise UserError(
-                f"{dataset.path}: '{key}' has {have} dimensions, {spec.name} takes {want} for its {what}; "
-                f"set the spec's {what}_dim or use the robot's own spec"
+                f"{dataset.path} has no camera {', '.join(missing)} (it has {', '.join(dataset.cameras)}), which {spec.name} sees; "
+                "record it, or say by `cameras:` which of the dataset's cameras stand in for its views, in order"
             )
+        for what, most, key in (("state", spec.state_dim, "observation.state"), ("action", head.action_dim, recipe.action_key)):
+            have = dataset.vectors[key].shape[1]
+            if have > most:
+                raise UserError(
+                    f"{dataset.path}: '{key}' has {have} dimensions, {spec.name} takes {most} for its {what} at most; "
+                    f"choose fewer in the mapping, or set the spec's {what}_dim"
+                )
 
 
 def check_spec(spec: Spec) -> None:
@@ -378,13 +498,6 @@ def references(spec: Spec) -> dict[str, Reference]:
     }
 
 
-def augment(images: np.ndarray, strength: Augment, rng: np.random.Generator) -> np.ndarray:
-    """Photometric variants of uint8 images (B, V, H, W, 3), each image with its own factors."""
-    shape = (*images.shape[:2], 1, 1, 1)
-    brightness, contrast, saturation = (
-        rng.uniform(1 - s, 1 + s, shape).astype(np.float32) for s in (strength.brightness, strength.contrast, strength.saturation)
-    )
-    x = images.astype(np.float32) * brightness
-    x = (x - x.mean((2, 3, 4), keepdims=True)) * contrast + x.mean((2, 3, 4), keepdims=True)
-    grey = x.mean(-1, keepdims=True)
-    return ((x - grey) * saturation + grey).round().clip(0, 255).astype(np.uint8)
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+    """Rows (..., D) with zeros up to ``size`` (openpi's padding)."""
+    return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, size - rows.shape[-1])])

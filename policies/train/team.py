@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ...vla.experts import Expert
 from .optim import TrainConfig, resolve_device
 
-RANK, SIZE, LOCAL = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+RANK, SIZE = "RANK", "WORLD_SIZE"
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,14 @@ def processes() -> int:
     return int(os.environ.get(SIZE, "1"))
 
 
+def rank() -> int:
+    """The number of this process among them."""
+    return int(os.environ.get(RANK, "0"))
+
+
 def is_main() -> bool:
     """Whether this process writes files and speaks."""
-    return int(os.environ.get(RANK, "0")) == 0
+    return rank() == 0
 
 
 class Team:
@@ -166,4 +171,6 @@ def whole(tensor: Tensor) -> Tensor:
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """``tensor`` on the device of ``other`` and in pieces as that is."""
     moved = tensor.to(other.device)
-    return distribute_tensor(moved, other.device_mesh, other.placements) if isinstance(other, DTensor) and other.ndim == tensor.ndim else moved
+    return (
+        distribute_tensor(moved, other.device_mesh, other.placements) if isinstance(other, DTensor) and other.ndim == tensor.ndim else moved
+    )

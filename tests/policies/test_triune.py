@@ -10,44 +10,13 @@ import yaml
 
 from triune import UserError
 from triune.config import merge
-from triune.data import Camera, Contract, Episode, Observation, Vector
-from triune.data.writer import DatasetWriter
+from triune.data import Observation
 from triune.policies import Request, TriunePolicy, load_policy, read_checkpoint, verify
-from triune.policies.train.policy import Augment, PolicyTask, Recipe, augment
+from triune.policies.train.policy import PolicyTask, Recipe
 from triune.policies.train.recipe import run
+from triune.policies.train.team import Part
 
 SIDE = 32
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four short episodes of noise with two instructions; 32 px, two cameras, 5 state and 3 action dimensions."""
-    folder = tmp_path_factory.mktemp("data") / "noise"
-    cameras = tuple(Camera(name=n, height=SIDE, width=SIDE) for n in ("agentview", "wrist"))
-    contract = Contract(cameras=cameras, state=Vector(names=tuple("abcde")), action=Vector(names=tuple("xyz")), rate=20.0, render="fast")
-    with DatasetWriter(folder, contract, 20) as writer:
-        for i in range(4):
-            rng = np.random.default_rng(i)
-            images = {c.name: rng.integers(0, 256, (9, SIDE, SIDE, 3), np.uint8) for c in cameras}
-            state, action = rng.normal(size=(9, 5)).astype(np.float32), rng.normal(size=(9, 3)).astype(np.float32)
-            words = ("lift the red cube", "lift the cube")[i % 2]
-            writer.add(Episode(images, state, action, words, {"world": "noise", "seed": i, "success": True}))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def recipe_tree(dataset: Path, tiny_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    spec = tmp_path_factory.mktemp("spec") / "probe.yaml"
-    spec.write_text(yaml.safe_dump(merge(tiny_tree, {"streams": {"obs": {"length": 24}}})))
-    train = {"steps": 4, "batch_size": 4, "precision": "fp32", "device": "cpu", "save_every": 4}
-    return {"kind": "policy", "spec": str(spec), "data": str(dataset), "executed": 3, "train": train}
-
-
-@pytest.fixture(scope="session")
-def checkpoint(recipe_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree))
-    return run(str(folder / "recipe.yaml"), [], folder / "out", resume=False)
 
 
 @pytest.fixture
@@ -150,7 +119,7 @@ def test_training_on_kept_prefixes_equals_the_joint_forward(recipe_tree: dict, t
     for task in (kept, joint):
         torch.manual_seed(0)
         task.module.eval()
-        losses.append(task.losses(task.batch(0)))
+        losses.append(task.losses(task.batch(Part(0))))
     for name in losses[0]:
         torch.testing.assert_close(losses[0][name], losses[1][name], rtol=2e-2, atol=1e-3)
 
@@ -168,8 +137,8 @@ def test_a_frozen_expert_is_bit_identical_after_training(recipe_tree: dict, tmp_
     ("change", "message"),
     [
         ({"overrides": {"cameras": ["agentview", "front"]}}, "has no camera front"),
-        ({"overrides": {"state_dim": 6}}, "'observation.state' has 5 dimensions, probe takes 6"),
-        ({"overrides": {"heads": {"action": {"action_dim": 7}}}}, "'action' has 3 dimensions, probe takes 7"),
+        ({"overrides": {"state_dim": 4}}, "'observation.state' has 5 dimensions, probe takes 4"),
+        ({"overrides": {"heads": {"action": {"action_dim": 2}}}}, "'action' has 3 dimensions, probe takes 2"),
         ({"action_key": "action.expert"}, "has no column 'action.expert'"),
         ({"data": "nowhere"}, "nowhere"),
     ],
@@ -179,21 +148,14 @@ def test_a_dataset_that_does_not_fit_is_refused(change: dict, message: str, reci
         PolicyTask(Recipe.model_validate({**recipe_tree, **change}), tmp_path)
 
 
-def test_augmentation_is_a_function_of_its_generator() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (2, 2, 8, 8, 3), np.uint8)
-    first, again = (augment(images, Augment(), np.random.default_rng(1)) for _ in range(2))
-    np.testing.assert_array_equal(first, again)
-    assert first.dtype == np.uint8 and not np.array_equal(first, images)
-    np.testing.assert_array_equal(augment(images, Augment(brightness=0, contrast=0, saturation=0), np.random.default_rng(1)), images)
-
-
 def test_the_past_is_seen(recipe_tree: dict, tmp_path: Path) -> None:
     """Two frames of each camera, three control steps apart: in training the dataset's, in use those of the call before."""
     tree = merge(recipe_tree, {"overrides": {"history": {"frames": 2, "every": 3}, "streams": {"obs": {"length": 40}}}, "augment": None})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     task = PolicyTask(Recipe.model_validate(tree), tmp_path / "out")
-    views = task._views(np.array([0, 4, 11]))  # of episodes of nine frames
-    np.testing.assert_array_equal(views, task.images[[[0, 0], [1, 4], [9, 11]]].swapaxes(1, 2).reshape(3, 4, SIDE, SIDE, 3))
+    frames = task.frames
+    for view, images in zip(frames.at(np.array([0, 4, 11])), frames.images.values(), strict=True):  # of episodes of nine frames
+        np.testing.assert_array_equal(view, images[[[0, 0], [1, 4], [9, 11]]])
 
     policy = load_policy(run(str(tmp_path / "recipe.yaml"), [], tmp_path / "out", resume=False))
     seen: list[torch.Tensor] = []

@@ -14,6 +14,7 @@ from triune.config import CONFIGS, load, parse
 from triune.data.questions import DESTINATION_SLOTS, TARGET_SLOTS, Turn, locate, turns
 from triune.data.readers.scenes import CAMERAS, SceneWriter
 from triune.policies.train import vlm
+from triune.policies.train.team import Part
 from triune.policies.train.vlm_model import LOCATIONS, build_processor, build_tokenizer
 from triune.vla.weights.references import resolve_weights
 
@@ -68,7 +69,7 @@ def test_every_word_of_scenes_and_worlds_is_in_the_vocabulary(task: vlm.VlmTask)
 
 
 def test_batches_are_functions_of_their_index(task: vlm.VlmTask) -> None:
-    first, other, again = task.batch(5), task.batch(6), task.batch(5)
+    first, other, again = task.batch(Part(5)), task.batch(Part(6)), task.batch(Part(5))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["images"], other["images"])
 
@@ -123,7 +124,7 @@ def test_soft_labels_are_centred(task: vlm.VlmTask) -> None:
 
 
 def test_losses_train_and_save(task: vlm.VlmTask, tmp_path: Path) -> None:
-    batch = task.batch(0)
+    batch = task.batch(Part(0))
     losses = task.losses(batch)
     losses["loss"].backward()
     trained = {name for name, parameter in task.module.named_parameters() if parameter.grad is not None and parameter.grad.abs().sum() > 0}
