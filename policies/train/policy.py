@@ -122,6 +122,8 @@ class PolicyTask:
         check_dataset(self.demonstrations, self.spec, recipe)
         self.module = build_model(self.spec, recipe.train.seed) if self.base is None else load_model(self.base, self.spec)
         tune(self.module, recipe.experts)
+        if self.base is None:
+            self._refuse_unlearned()
         self.module.mot.checkpointing = recipe.checkpointing
         self.module.to(self.device)
         self.settings = self._settings()
@@ -214,8 +216,7 @@ class PolicyTask:
         }
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        frozen = tuple(f"mot.experts.{n}." for n, e in self.spec.experts.items() if e.frozen)
-        complete = {n for n, _ in self.module.named_parameters() if not n.startswith(frozen)} <= weights.keys()
+        complete = weights.keys() == self._own().keys()
         write_checkpoint(
             folder,
             spec=dump(self.spec),
@@ -311,6 +312,19 @@ class PolicyTask:
 
     def _learns(self, stream: str) -> bool:
         return any(p.requires_grad for p in self.module.mot.experts[self.module.graph.owner[stream]].parameters())
+
+    def _own(self) -> dict[str, Tensor]:
+        """Parameters outside the experts that the spec freezes: those whose weights no reference names."""
+        frozen = tuple(f"mot.experts.{n}." for n, e in self.spec.experts.items() if e.frozen)
+        return {n: p for n, p in self.module.named_parameters() if not n.startswith(frozen)}
+
+    def _refuse_unlearned(self) -> None:
+        still = sorted({".".join(n.split(".")[1:3]) for n, p in self._own().items() if not p.requires_grad})
+        if still:
+            raise UserError(
+                f"{', '.join(still)} would stay random: what does not learn, or learns by adapters, must come from a checkpoint; name one as "
+                "init, or let it learn"
+            )
 
     def _settings(self) -> Settings:
         """Those of the policy to go on from, with this recipe's relative actions."""

@@ -217,10 +217,12 @@ def test_several_datasets_and_held_out_episodes(recipe_tree: dict, tmp_path: Pat
         ({"experts": {"act": {"lora": {"targets": ["q_proj"]}}}}, "no linear layer is called .* choose among"),
         ({"experts": {"act": {"freeze": ["mlp"]}}}, "no parameter begins with 'mlp'"),
         ({"spec": "triune_tiny"}, "give either spec"),
+        ({"init": None, "spec": "SPEC", "executed": 3, "experts": {"act": LORA}}, "experts.act would stay random"),
         ({"init": "nowhere"}, "there is no checkpoint nowhere"),
     ],
 )
-def test_wrong_tuning_is_refused(change: dict, message: str, tuned: dict, tmp_path: Path) -> None:
+def test_wrong_tuning_is_refused(change: dict, message: str, tuned: dict, recipe_tree: dict, tmp_path: Path) -> None:
+    change = {**change, "spec": recipe_tree["spec"]} if change.get("spec") == "SPEC" else change
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**tuned, **change}))
     with pytest.raises(UserError, match=message):
         run(str(tmp_path / "recipe.yaml"), [], tmp_path / "run", resume=False)
