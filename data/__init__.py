@@ -1,8 +1,8 @@
 """The words that all folders share, and datasets."""
 
 from .contract import Camera, Contract, Vector
-from .sampler import ChunkSampler
 from .readers import Dataset, open_dataset
+from .sampler import ChunkSampler
 from .statistics import Statistics, compute_statistics
 from .transforms import Normaliser
 from .types import ActionChunk, Episode, Observation

@@ -45,9 +45,7 @@ def rows_of(batch_size: int, rank: int, ranks: int) -> slice:
     return slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
 
 
-def split_episodes(
-    dataset: Dataset, held_out: float, seed: int = 0, episodes: Sequence[int] | None = None
-) -> tuple[list[int], list[int]]:
+def split_episodes(dataset: Dataset, held_out: float, seed: int = 0, episodes: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
     """Episode indices for training and for validation, each task divided alike.
 
     Args:

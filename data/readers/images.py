@@ -6,10 +6,11 @@ A source has one method, ``read(indices) -> uint8 (n, H, W, 3)``, safe to call f
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ...errors import UserError
+
+if TYPE_CHECKING:
+    import av
 
 ROW_GROUP_CACHE = 128 * 2**20
 """Bytes of encoded images that one PNG column keeps in memory."""
@@ -97,7 +101,7 @@ class Clip:
 
 
 class VideoColumn:
-    """Images that lie in mp4 files, many episodes in one.
+    """Images that lie in mp4 files, many episodes in one. Files stay open for the next call; each thread has its own.
 
     Args:
         clips: one per episode.
@@ -109,7 +113,9 @@ class VideoColumn:
         self.clips = list(clips)
         self.starts = starts
         self.fps = fps
-        self._decode = _decoder()
+        self.decoder = _decoder()
+        self._lock = threading.Lock()
+        self._idle: list[Decoder] = []
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         episodes = np.searchsorted(self.starts, indices, side="right") - 1
@@ -120,72 +126,134 @@ class VideoColumn:
         frames: np.ndarray | None = None
         for path, asked in wanted.items():
             asked.sort()
-            decoded = self._decode(path, [time for time, _ in asked], self.fps)
-            if frames is None:
-                frames = np.empty((len(indices), *decoded.shape[1:]), np.uint8)
-            frames[[position for _, position in asked]] = decoded
+            with self._open(path) as decoder:
+                frames = np.empty((len(indices), *decoder.size, 3), np.uint8) if frames is None else frames
+                if decoder.size != frames.shape[1:3]:
+                    sizes = f"{decoder.size} and {frames.shape[1:3]}"
+                    raise UserError(f"{path} holds frames of another size than the files before, {sizes}; convert them to one size")
+                decoder.read([time for time, _ in asked], frames, [position for _, position in asked])
         if frames is None:
             raise ValueError("no frames were asked for")
         return frames
 
+    @contextmanager
+    def _open(self, path: Path) -> Iterator["Decoder"]:
+        """A decoder that no other thread has; one that fails is not used again."""
+        with self._lock:
+            found = next((i for i, idle in enumerate(self._idle) if idle.path == path), None)
+            decoder = None if found is None else self._idle.pop(found)
+        decoder = decoder or self.decoder(path, self.fps)
+        yield decoder
+        with self._lock:
+            self._idle.append(decoder)
+            del self._idle[:-OPEN_FILES]
 
-class _Decode(Protocol):
-    def __call__(self, path: Path, times: list[float], fps: float) -> np.ndarray: ...
+
+class Decoder(Protocol):
+    """One open video.
+
+    Attributes:
+        size: height and width.
+    """
+
+    path: Path
+    size: tuple[int, int]
+
+    def __init__(self, path: Path, fps: float) -> None: ...
+
+    def read(self, times: Sequence[float], out: np.ndarray, rows: Sequence[int]) -> None:
+        """Write the frames shown at ``times`` (ascending seconds) into ``rows`` of ``out`` (n, H, W, 3), uint8.
+
+        Raises:
+            UserError: the video ends before a frame that is asked for.
+        """
 
 
-def _decoder() -> _Decode:
+def _decoder() -> type[Decoder]:
     """torchcodec where its FFmpeg libraries are installed, PyAV (which brings its own) otherwise."""
     try:
         import torchcodec  # type: ignore[import-untyped]  # noqa: F401  # raises RuntimeError or OSError without FFmpeg
     except (ImportError, RuntimeError, OSError):
-        return decode_pyav
-    return decode_torchcodec
+        return Pyav
+    return Torchcodec
 
 
-def decode_torchcodec(path: Path, times: list[float], fps: float) -> np.ndarray:
-    """Frames shown at ``times`` (ascending seconds) as uint8 (n, H, W, 3); half a frame later absorbs rounding.
+class Torchcodec:
+    """torchcodec's decoder. Half a frame later than asked absorbs rounding."""
 
-    Raises:
-        UserError: the video ends before a frame that is asked for.
-    """
-    from torchcodec.decoders import VideoDecoder  # type: ignore[import-untyped]
+    def __init__(self, path: Path, fps: float) -> None:
+        from torchcodec.decoders import VideoDecoder  # type: ignore[import-untyped]
 
-    decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
-    if times[-1] + 0.5 / fps >= decoder.metadata.end_stream_seconds:
-        raise UserError(f"{path} ends before {times[-1]:.3f} s: {CUT_OFF}")
-    frames: np.ndarray = decoder.get_frames_played_at([time + 0.5 / fps for time in times]).data.numpy()
-    return frames
+        self.path, self.fps = path, fps
+        self._decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
+        self.size = (self._decoder.metadata.height, self._decoder.metadata.width)
+
+    def read(self, times: Sequence[float], out: np.ndarray, rows: Sequence[int]) -> None:
+        if times[-1] + 0.5 / self.fps >= self._decoder.metadata.end_stream_seconds:
+            raise UserError(f"{self.path} ends before {times[-1]:.3f} s: {CUT_OFF}")
+        out[list(rows)] = self._decoder.get_frames_played_at([time + 0.5 / self.fps for time in times]).data.numpy()
 
 
-def decode_pyav(path: Path, times: list[float], fps: float) -> np.ndarray:
-    """Frames shown at ``times`` (ascending seconds) as uint8 (n, H, W, 3); decodes forward, and jumps where it pays.
+class Pyav:
+    """PyAV: decodes forward, and jumps to a key frame where less lies between. One thread: callers have several of these instead, and
+    threads of a decoder would work ahead of what is asked."""
 
-    Raises:
-        UserError: the video ends before a frame that is asked for.
-    """
-    import av
+    def __init__(self, path: Path, fps: float) -> None:
+        import av
+        from av.video.reformatter import VideoReformatter
 
-    frames: list[np.ndarray] = []
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "SLICE"  # frame threads would decode ahead of what is asked
-        shown: av.VideoFrame | None = None
-        flow = container.decode(stream)
-        last = -np.inf
-        for time in times:
-            if time - last > JUMP_SECONDS:  # to the key frame before it
-                container.seek(int(max(time - 0.5 / fps, 0) / stream.time_base), stream=stream)
-                flow = container.decode(stream)
-                shown = None
-            while shown is None or shown.time < time - 0.5 / fps:
-                shown = next(flow, None)
-                if shown is None:
-                    raise UserError(f"{path} ends before {time:.3f} s: {CUT_OFF}")
-            frames.append(shown.to_ndarray(format="rgb24"))
-            last = time
-    return np.stack(frames)
+        self.path, self.fps = path, fps
+        try:
+            self._container = av.open(str(path))
+            self._stream = self._container.streams.video[0]
+        except (av.FFmpegError, IndexError) as error:
+            raise UserError(f"{path} is not a video that can be read ({error}): {CUT_OFF}") from None
+        self._stream.codec_context.thread_count = 1
+        self.size = (self._stream.codec_context.height, self._stream.codec_context.width)
+        self._reformatter = VideoReformatter()  # keeps the conversion that ``VideoFrame.to_ndarray`` sets up for each frame
+        self._flow = self._container.decode(self._stream)
+        self._shown: av.VideoFrame | None = None
+        self._key: float | None = None
+        self._between = 0.0
+
+    def read(self, times: Sequence[float], out: np.ndarray, rows: Sequence[int]) -> None:
+        import av
+
+        half = 0.5 / self.fps
+        height, width = self.size
+        for time, row in zip(times, rows, strict=True):
+            ahead = np.inf if self._shown is None else time - self._shown.time
+            if ahead < -half or ahead > max(self._between, JUMP_FRAMES / self.fps):
+                self._container.seek(int(max(time - half, 0) / self._stream.time_base), stream=self._stream)
+                self._flow = self._container.decode(self._stream)
+                before, self._shown, self._key = self._shown, None, None
+            else:
+                before = None
+            try:
+                while self._shown is None or self._shown.time < time - half:
+                    self._shown = self._next(time)
+                    if before is not None and ahead > 0 and self._shown.time <= before.time:  # no key frame lay between
+                        self._between = max(self._between, ahead)
+                rgb = self._reformatter.reformat(self._shown, format="rgb24").planes[0]
+            except av.FFmpegError as error:
+                raise UserError(f"{self.path} cannot be decoded at {time:.3f} s ({error}): {CUT_OFF}") from None
+            out[row] = np.frombuffer(rgb, np.uint8).reshape(height, rgb.line_size)[:, : 3 * width].reshape(height, width, 3)
+
+    def _next(self, time: float) -> "av.VideoFrame":
+        """The next frame; learns how far apart key frames are."""
+        frame = next(self._flow, None)
+        if frame is None:
+            self._shown = None
+            raise UserError(f"{self.path} ends before {time:.3f} s: {CUT_OFF}")
+        if frame.key_frame:
+            self._between = max(self._between, 0.0 if self._key is None else frame.time - self._key)
+            self._key = frame.time
+        return frame
 
 
 CUT_OFF = "the recording was cut off; record these episodes again"
-JUMP_SECONDS = 1.0
-"""A gap longer than this is jumped over, a shorter one decoded through."""
+JUMP_FRAMES = 4
+"""Fewer frames are decoded through rather than jumped over: a jump costs about two. Videos with key frames further apart than that
+are jumped in where a key frame lies between."""
+OPEN_FILES = 16
+"""Videos of one camera that stay open."""

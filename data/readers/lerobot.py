@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from ...errors import UserError
 from ..contract import Contract
+from .columns import mapped
 from .images import Clip, ImageSource, PngColumn, VideoColumn
 from .metadata import (
     DEFAULT_COLUMNS,
@@ -156,7 +157,8 @@ def open_dataset(path: str | Path) -> Dataset:
     features: dict[str, dict[str, Any]] = info["features"]
     files, file_starts = _data_files(root, info, rows, episodes)
     names = [key for key, feature in features.items() if _is_vector(key, feature)]
-    columns = _read_columns(files, [*names, "episode_index", "task_index"], total, episodes[-1].frames.stop)
+    wanted, frames = [*names, "episode_index", "task_index"], episodes[-1].frames.stop
+    columns = mapped(root, files, [wanted, total], frames, lambda: _read_columns(files, wanted, total, frames))
     if "action" not in names:
         raise UserError(f"{root} has no 'action' feature in meta/info.json; add one, or give a dataset of demonstrations")
     vectors = {key: columns[key] for key in names}
