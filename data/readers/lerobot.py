@@ -106,7 +106,17 @@ class Dataset:
         wanted = np.asarray(indices, dtype=np.int64)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise IndexError(f"frames {wanted.min()}..{wanted.max()} asked of a dataset of {len(self)} frames")
-        return self._source(camera).read(wanted)
+        return self.source(camera).read(wanted)
+
+    def source(self, camera: str) -> ImageSource:
+        """Where the frames of one camera come from.
+
+        Raises:
+            UserError: there is no such camera.
+        """
+        if camera not in self._sources:
+            raise UserError(f"{self.path} has no camera '{camera}'; it has {', '.join(self.cameras) or 'none'}")
+        return self._sources[camera]
 
     def load_images(self, camera: str, threads: int | None = None, progress: Progress | None = None) -> np.ndarray:
         """Decode every frame of one camera once, in parallel: uint8 (N, H, W, 3). 96 px frames take 27 kB each.
@@ -116,7 +126,7 @@ class Dataset:
             threads: default: one per processor core.
             progress: called with (frames done, N).
         """
-        source = self._source(camera)
+        source = self.source(camera)
         blocks = [np.arange(start, min(start + DECODE_BLOCK, len(self))) for start in range(0, len(self), DECODE_BLOCK)]
         first = source.read(blocks[0])
         images = np.empty((len(self), *first.shape[1:]), np.uint8)
@@ -127,11 +137,6 @@ class Dataset:
                 if progress is not None:
                     progress(int(block[-1]) + 1, len(self))
         return images
-
-    def _source(self, camera: str) -> ImageSource:
-        if camera not in self._sources:
-            raise UserError(f"{self.path} has no camera '{camera}'; it has {', '.join(self.cameras) or 'none'}")
-        return self._sources[camera]
 
 
 def open_dataset(path: str | Path) -> Dataset:

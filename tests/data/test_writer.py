@@ -280,3 +280,17 @@ with DatasetWriter(sys.argv[1], contract, 20) as writer:
         assert theirs.num_episodes == len(dataset.episodes)
         assert float(theirs[len(theirs) - 1]["action"][0]) == len(dataset.episodes) - 1
     shutil.rmtree(folder)
+
+
+def test_no_frame_of_a_video_is_dropped(tmp_path: Path) -> None:
+    """Noise, which the encoder cannot take as fast as it comes: lerobot's queue of 30 frames overflows, and what follows moves up."""
+    size, count = 256, 90
+    vectors = {name: Vector(names=("x",)) for name in ("state", "action")}
+    contract = Contract(cameras=(Camera(name="top", height=size, width=size),), **vectors, rate=10.0)
+    noise = np.random.default_rng(0).integers(0, 60, (count, size, size, 3), np.uint8)
+    images = noise + 2 * np.arange(count, dtype=np.uint8)[:, None, None, None]
+    still = np.zeros((count, 1), np.float32)
+    with DatasetWriter(tmp_path / "noisy", contract, 10, video=True) as writer:
+        writer.add(Episode({"top": images}, still, still, "lift"))
+    read = open_dataset(tmp_path / "noisy").load_images("top")
+    np.testing.assert_allclose(read.mean((1, 2, 3)), images.mean((1, 2, 3)), atol=1.9)
