@@ -63,8 +63,33 @@ def stats(
         print(f"Use the statistics of the {comparison.use}: {comparison.reason}.\n")
 
 
+def bench(
+    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    chunk: Annotated[int, typer.Option(min=1, help="Actions per sample.")] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 32,
+    cache: Annotated[int, typer.Option(min=1, help="Megabytes of decoded frames.")] = 1024,
+    limit: Annotated[int, typer.Option("--samples", min=1, help="Samples that each measurement loads at most.")] = 4096,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """How fast a dataset loads on this machine, where the time goes, and how many workers to use."""
+    from ..data import open_dataset
+    from ..data.speed import measure
+
+    found = measure(open_dataset(dataset), chunk, batch, cache * 2**20, limit)
+    if json:
+        print_json(found)
+        return
+    print_table(
+        f"{dataset}: cameras", ("camera", "kept as", "size", "frames/s one by one in order"), (c.values() for c in found["cameras"])
+    )
+    print_table("Samples", ("loaded", "samples/s"), found["rates"].items())
+    print_table("Processor time of a sample", ("part", "ms"), found["milliseconds"].items())
+    for sentence in found["advice"]:
+        print(sentence)
+
+
 def _guard(word: str) -> str:
-    return {"": "q01 to q99", "range": "min to max: q01 and q99 coincide", "constant": "1: it does not vary"}[word]
+    return {"": "q01-q99", "range": "min-max (!)", "constant": "1, constant (!)"}[word]
 
 
 def _dimensions(text: str) -> tuple[int | None, ...]:

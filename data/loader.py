@@ -17,6 +17,8 @@ from typing import Self
 import numpy as np
 
 from ..errors import UserError
+from .order import Order, Shuffled, Windowed
+from .readers import Dataset
 from .sampler import Batch, Sampler
 
 CACHE_BYTES = 2**30
@@ -298,3 +300,9 @@ def runs(keys: np.ndarray, later: np.ndarray) -> list[np.ndarray]:
     for group in np.split(both, cuts):
         found += [part for start in range(0, len(group), RUN) if np.isin(part := group[start : start + RUN], keys).any()]
     return found
+
+
+def best_order(datasets: Sequence[Dataset], cameras: Sequence[str]) -> Order:
+    """``Windowed`` where one of the cameras is kept as video, else ``Shuffled``."""
+    forward = any(d.source(camera).forward for d in datasets for camera in cameras if camera in d.cameras)
+    return Windowed() if forward else Shuffled()

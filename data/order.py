@@ -46,7 +46,7 @@ class Windowed(Strict):
 
     kind: Literal["windowed"] = "windowed"
     segment: PositiveInt = 32
-    window: PositiveInt = 2048
+    window: PositiveInt = 1024
 
     def lanes(self, batch_size: int, frames: int) -> int:
         """As many as divide the batch, and leave each lane a frame."""

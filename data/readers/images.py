@@ -28,7 +28,15 @@ ROW_GROUP_CACHE = 128 * 2**20
 
 
 class ImageSource(ABC):
-    """Frames of one camera by their index in the dataset."""
+    """Frames of one camera by their index in the dataset.
+
+    Attributes:
+        kind: how they are kept and what decodes them, in words.
+        forward: whether neighbours are cheaper together than one by one.
+    """
+
+    kind: str
+    forward: bool = False
 
     @abstractmethod
     def size(self, index: int) -> tuple[int, int]:
@@ -66,6 +74,8 @@ class PngColumn(ImageSource):
         files: parquet files in the order of the dataset.
         starts: index of each file's first frame in the dataset, int64 (files,).
     """
+
+    kind = "PNG, PIL"
 
     def __init__(self, key: str, files: Sequence[Path], starts: np.ndarray) -> None:
         self.key = key
@@ -127,11 +137,14 @@ class VideoColumn(ImageSource):
         fps: frames per second.
     """
 
+    forward = True
+
     def __init__(self, clips: Sequence[Clip], starts: np.ndarray, fps: float) -> None:
         self.clips = list(clips)
         self.starts = starts
         self.fps = fps
         self.decoder = _decoder()
+        self.kind = f"video, {self.decoder.__name__}"
         self._lock = threading.Lock()
         self._idle: list[Decoder] = []
 

@@ -1,7 +1,7 @@
 """Batches with images: the same frames as reading them one by one, for any step, any rank and little memory."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import av
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from triune.data import ChunkSampler, Dataset, open_dataset
-from triune.data.loader import Loader, runs
+from triune.data.loader import Loader, best_order, runs
 from triune.data.mixture import Mixture, Source
-from triune.data.order import Windowed
+from triune.data.order import Shuffled, Windowed
 from triune.data.readers import EpisodeInfo
 from triune.data.readers.images import Clip, ImageSource, VideoColumn
 from triune.errors import UserError
@@ -23,6 +23,8 @@ FRAME = SIDE * SIDE * 3
 
 class Numbered(ImageSource):
     """Frames that show their own number; counts what is decoded."""
+
+    kind = "numbers"
 
     def __init__(self, total: int, shift: int = 0, size: tuple[int, int] = (SIDE, SIDE)) -> None:
         self.total, self.shift, self.shape = total, shift, size
@@ -39,12 +41,12 @@ class Numbered(ImageSource):
         out[rows] = ((indices + self.shift) % 251)[:, None, None, None]
 
 
-def numbered(lengths: list[int], cameras: dict[str, Numbered], name: str = "memory") -> Dataset:
+def numbered(lengths: list[int], cameras: Mapping[str, ImageSource], name: str = "memory") -> Dataset:
     starts = np.cumsum([0, *lengths])
     episodes = [EpisodeInfo(i, int(starts[i]), n, "lift") for i, n in enumerate(lengths)]
     total = int(starts[-1])
     vectors = {"observation.state": np.zeros((total, 2), np.float32), "action": np.arange(total, dtype=np.float32)[:, None]}
-    return Dataset(Path(name), None, 10.0, cameras, episodes, vectors, ("lift",), np.zeros(total, np.int64))  # type: ignore[arg-type]
+    return Dataset(Path(name), None, 10.0, dict(cameras), episodes, vectors, ("lift",), np.zeros(total, np.int64))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -203,7 +205,8 @@ def test_videos_through_the_loader(tmp_path: Path, codec: str, key_every: int, m
     column = VideoColumn([Clip(tmp_path / "v.mp4", 0.0), Clip(tmp_path / "v.mp4", 2.5)], np.array([0, 25]), 10.0)
     straight = np.stack([f.to_ndarray(format="rgb24") for f in av.open(str(tmp_path / "v.mp4")).decode(video=0)])
     np.testing.assert_allclose(straight.mean((1, 2, 3)), levels, atol=4)
-    dataset = numbered(lengths, {"top": column})  # type: ignore[dict-item]
+    dataset = numbered(lengths, {"top": column, "side": Numbered(60)})
+    assert (best_order([dataset], ["side"]), best_order([dataset], ["side", "top"])) == (Shuffled(), Windowed())
     for order in (None, Windowed(segment=8, window=32)):
         sampler = ChunkSampler(dataset, 2, 4, seed=1, order=order)
         with Loader(sampler, ["top"], past=2, every=3, workers=2, cache_bytes=60 * FRAME) as loader:
