@@ -58,8 +58,8 @@ def stats(
         print_table(title, columns, zip(labels, *numbers, map(_guard, guards[key]), strict=True))
     for key, comparison in compared.items():
         rows = ((row.name, row.shift, row.width, f"{row.outside:.1%}", row.doubt or "fits") for row in comparison.dimensions)
-        columns = ("dimension", "shift", "width", "outside q01-q99", "verdict")
-        print_table(f"{key} in ranges of {against}", columns, rows)
+        verdicts = ("dimension", "shift", "width", "outside q01-q99", "verdict")
+        print_table(f"{key} in ranges of {against}", verdicts, rows)
         print(f"Use the statistics of the {comparison.use}: {comparison.reason}.\n")
 
 

@@ -79,8 +79,9 @@ def compare_statistics(checkpoint: Statistics | Affine, data: Sketch, names: tup
     shift, width = (begin + end - low - high) / 2 / unit, (end - begin) / unit
     still = np.array(found.max) - found.min < 2 * SMALLEST_SCALE
     named = names if len(names) == data.dims else [str(i) for i in range(data.dims)]
-    columns = zip(named, shift.tolist(), width.tolist(), outside.tolist(), still.tolist(), strict=True)
-    rows = [Shift(name, *numbers, _doubt(*numbers, quiet)) for name, *numbers, quiet in columns]
+    rows = []
+    for name, s, w, o, quiet in zip(named, shift.tolist(), width.tolist(), outside.tolist(), still.tolist(), strict=True):
+        rows.append(Shift(name, s, w, o, _doubt(s, w, o, quiet)))
     doubtful = [row for row in rows if row.doubt]
     if not doubtful:
         worst = max(row.outside for row in rows)

@@ -111,7 +111,7 @@ class ChunkSampler:
             if key not in dataset.vectors:
                 raise UserError(f"{dataset.path} has no '{key}'; it has {', '.join(dataset.vectors)}")
         chosen = dataset.episodes if episodes is None else [dataset.episodes[i] for i in episodes]
-        self.datasets = (dataset,)
+        self.datasets: tuple[Dataset, ...] = (dataset,)
         self.chunk = chunk
         self.batch_size = batch_size
         self.seed = seed

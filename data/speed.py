@@ -36,7 +36,7 @@ def measure(dataset: Dataset, chunk: int, batch_size: int, cache_bytes: int, sam
         choices = sorted({1, 2, 4, 8, 16, most} & set(range(1, most + 1)))
         for workers in choices:
             with Loader(sampler, cameras, workers=workers, cache_bytes=cache_bytes) as loader:
-                spent = _timed(lambda: [loader.batch(step) for step in range(steps)])
+                spent = _timed(loader.batch, steps)
             rates[f"{workers} worker" + "s" * (workers > 1)] = steps * batch_size / spent["wall"]
             if workers == 1:
                 parts |= {"decoding": spent["process"] - spent["thread"], "gathering images": spent["thread"] - alone["thread"]}
