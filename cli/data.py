@@ -5,9 +5,12 @@ from typing import Annotated
 
 import typer
 
+from .data_stats import bench, stats
 from .output import duration, print_json, print_table, progress_bar
 
 app = typer.Typer(name="data", no_args_is_help=True, help="Record and inspect datasets.")
+app.command()(stats)
+app.command()(bench)
 
 
 @app.command()

@@ -27,7 +27,7 @@ class Augment(Strict):
     brightness: NonNegativeFloat = 0.2
     contrast: NonNegativeFloat = 0.2
     saturation: NonNegativeFloat = 0.2
-    crop: float = Field(0.0, ge=0, lt=1)
+    crop: float = Field(default=0.0, ge=0, lt=1)
 
     def draw(self, shape: tuple[int, ...], rng: np.random.Generator) -> "Factors":
         """One set of numbers per image of a batch of ``shape``, such as (B, V)."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..errors import UserError
 from .statistics import Sketch, Statistics
-from .transforms import SMALLEST_SCALE
+from .transforms import SMALLEST_SCALE, Affine
 
 SHIFT, WIDER, NARROWER, OUTSIDE = 0.5, 1.5, 0.05, 0.10
 """What still fits: a centre within half of the checkpoint's range of its own, a width of 0.05 to 1.5 times, and at most 10 % of the
@@ -15,6 +15,8 @@ values outside q01 to q99, where 2 % lie by definition."""
 UNITS = {57.2958: "degrees where the checkpoint has radians", 1000.0: "millimetres where the checkpoint has metres"}
 UNITS |= {1 / 57.2958: "radians where the checkpoint has degrees", 1e-3: "metres where the checkpoint has millimetres"}
 """Ratios of widths that different units explain."""
+NORMAL_Q99 = 2.3263
+"""Standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,17 @@ class Comparison:
         return asdict(self)
 
 
-def compare_statistics(checkpoint: Statistics, data: Sketch, names: tuple[str, ...] = ()) -> Comparison:
+def band(known: Statistics | Affine) -> tuple[np.ndarray, np.ndarray]:
+    """Where a checkpoint expects the middle 98 % of the values, two arrays (D,): q01 and q99, or what its affine map says: the ends of
+    [-1, 1] where it maps a range, and those of a normal distribution where it maps mean and deviation (``bias`` 0)."""
+    if isinstance(known, Statistics):
+        return np.array(known.q01), np.array(known.q99)
+    shift, scale = np.array(known.shift), np.array(known.scale)
+    ends = (-1 - known.bias, 1 - known.bias) if known.bias else (-NORMAL_Q99, NORMAL_Q99)
+    return shift + ends[0] * scale, shift + ends[1] * scale
+
+
+def compare_statistics(checkpoint: Statistics | Affine, data: Sketch, names: tuple[str, ...] = ()) -> Comparison:
     """Whether a network that was trained under ``checkpoint`` should go on under its statistics, or under those of ``data``.
 
     Where the data lies inside what the checkpoint knows, its own statistics keep the meaning of what it has learnt; where not,
@@ -58,22 +70,24 @@ def compare_statistics(checkpoint: Statistics, data: Sketch, names: tuple[str, .
         UserError: they have different dimensions.
     """
     found = data.statistics()
-    if len(checkpoint.mean) != data.dims:
-        raise UserError(f"the checkpoint has statistics of {len(checkpoint.mean)} dimensions and the data of {data.dims}; map them first")
-    outside = data.below(checkpoint.q01) + 1 - data.below(np.nextafter(checkpoint.q99, np.inf).tolist())
+    low, high = band(checkpoint)
+    if len(low) != data.dims:
+        raise UserError(f"the checkpoint has statistics of {len(low)} dimensions and the data of {data.dims}; map them first")
+    outside = data.below(low.tolist()) + 1 - data.below(np.nextafter(high, np.inf).tolist())
+    unit = np.maximum(high - low, 2 * SMALLEST_SCALE)
+    begin, end = np.array(found.q01), np.array(found.q99)
+    shift, width = (begin + end - low - high) / 2 / unit, (end - begin) / unit
+    still = np.array(found.max) - found.min < 2 * SMALLEST_SCALE
+    named = names if len(names) == data.dims else [str(i) for i in range(data.dims)]
     rows = []
-    for i in range(data.dims):
-        span = checkpoint.q99[i] - checkpoint.q01[i]
-        unit = span if span > 2 * SMALLEST_SCALE else max(checkpoint.max[i] - checkpoint.min[i], 2 * SMALLEST_SCALE)
-        width = (found.q99[i] - found.q01[i]) / unit
-        shift = (found.q01[i] + found.q99[i] - checkpoint.q01[i] - checkpoint.q99[i]) / 2 / unit
-        still = found.max[i] - found.min[i] < 2 * SMALLEST_SCALE
-        name = names[i] if len(names) == data.dims else str(i)
-        rows.append(Shift(name, shift, width, float(outside[i]), _doubt(shift, width, float(outside[i]), still)))
+    for name, s, w, o, quiet in zip(named, shift.tolist(), width.tolist(), outside.tolist(), still.tolist(), strict=True):
+        rows.append(Shift(name, s, w, o, _doubt(s, w, o, quiet)))
     doubtful = [row for row in rows if row.doubt]
     if not doubtful:
         worst = max(row.outside for row in rows)
-        reason = f"every dimension lies in the checkpoint's range (at most {worst:.1%} outside q01 to q99), so its actions keep their meaning"
+        reason = (
+            f"every dimension lies in the checkpoint's range (at most {worst:.1%} outside q01 to q99), so its actions keep their meaning"
+        )
         return Comparison(tuple(rows), "checkpoint", reason)
     said = "; ".join(f"{row.name} {row.doubt}" for row in doubtful[:4]) + ("; ..." if len(doubtful) > 4 else "")
     return Comparison(tuple(rows), "data", f"{len(doubtful)} of {len(rows)} dimensions do not fit the checkpoint's range: {said}")

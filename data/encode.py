@@ -136,6 +136,7 @@ def encode_videos(episode: Episode, job: Job) -> tuple["LeRobotDatasetMetadata",
         robot_type=job.robot,
         video_backend="pyav",
         streaming_encoding=True,
+        encoder_queue_maxsize=len(episode),  # lerobot drops the frames that find its queue (of 30) full, and goes on
         metadata_buffer_size=1,
     )
     job.history.restore(dataset.meta, job.data, job.episodes)

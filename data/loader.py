@@ -10,12 +10,15 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
 from ..errors import UserError
+from .order import Order, Shuffled, Windowed
+from .readers import Dataset
 from .sampler import Batch, Sampler
 
 CACHE_BYTES = 2**30
@@ -46,14 +49,28 @@ class Loaded:
     future: dict[str, np.ndarray]
 
 
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """The samples of a step (B,), and keys of the frames that they show: past (B, F) and future (B,)."""
+
+    dataset: np.ndarray
+    index: np.ndarray
+    past: np.ndarray
+    future: np.ndarray
+
+
 @dataclass(eq=False)
 class Span:
-    """Consecutive steps ``start`` to ``stop - 1``, and the frames that they need: camera -> sorted keys."""
+    """Consecutive steps from ``start`` on, and the frames that they need: camera -> sorted keys."""
 
     start: int
-    stop: int
+    drawn: list[Drawn]
     needs: dict[str, np.ndarray]
     placed: bool = False
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.drawn)
 
 
 @dataclass(eq=False)
@@ -79,7 +96,8 @@ class Loader:
     """Loads the batches of a sampler with their images. Close it, or use it in a ``with`` block, to end its threads.
 
     Args:
-        sampler: a ``ChunkSampler`` or a ``Mixture``. For videos its order should be ``Windowed``, with windows that fit a third of the memory.
+        sampler: a ``ChunkSampler`` or a ``Mixture``. For videos its order should be ``Windowed``, with windows that fit in a third of the
+            memory (times the number of ranks).
         cameras: names, at least one; each must be in one dataset at least.
         past, every: frames of the past that a sample sees, and control steps between them; ``past=1`` is the present alone.
         future: cameras whose frame at ``future`` is loaded, too.
@@ -141,18 +159,16 @@ class Loader:
         Raises:
             UserError: a frame cannot be decoded.
         """
-        self._advance(step)
-        dataset, index = self.sampler.draw(step, self.rank, self.ranks)
-        past, ahead = self._frames(dataset, index)
-        images = {camera: self._gather(camera, dataset, past) for camera in self.cameras}
-        future = {camera: self._gather(camera, dataset, ahead) for camera in self.future}
-        seen = {camera: self._has[camera][dataset] for camera in self.cameras}
-        return Loaded(self.sampler.batch(step, self.rank, self.ranks), images, seen, future)
+        drawn = self._advance(step)
+        images = {camera: self._gather(camera, drawn.dataset, drawn.past) for camera in self.cameras}
+        future = {camera: self._gather(camera, drawn.dataset, drawn.future) for camera in self.future}
+        seen = {camera: self._has[camera][drawn.dataset] for camera in self.cameras}
+        return Loaded(self.sampler.collect(drawn.dataset, drawn.index), images, seen, future)
 
     # what is needed -------------------------------------------------------------------------------------------------
 
     def _shape(self, camera: str) -> tuple[int, ...]:
-        shapes = {str(d.path): d.frames(camera, [0]).shape[1:] for d in self.sampler.datasets if camera in d.cameras}
+        shapes = {str(d.path): (*d.source(camera).size(0), 3) for d in self.sampler.datasets if camera in d.cameras}
         if not shapes:
             known = ", ".join(sorted({c for d in self.sampler.datasets for c in d.cameras})) or "none"
             raise UserError(f"no dataset has a camera '{camera}'; there are {known}")
@@ -161,8 +177,9 @@ class Loader:
             raise UserError(f"camera '{camera}' has frames of different sizes, {said}; convert the datasets to one size")
         return next(iter(shapes.values()))
 
-    def _frames(self, dataset: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Keys of the past (B, F) and of the future (B,) of samples, inside of their episodes."""
+    def _draw(self, step: int) -> Drawn:
+        """What the batch of ``step`` shows; frames stay inside of their episodes."""
+        dataset, index = self.sampler.draw(step, self.rank, self.ranks)
         first, last = np.empty_like(index), np.empty_like(index)
         for i in np.unique(dataset).tolist():
             here = dataset == i
@@ -170,53 +187,52 @@ class Loader:
             first[here], last[here] = self._starts[i][episode], self._ends[i][episode]
         past = np.maximum(index[:, None] - self._back, first[:, None])
         tag = dataset << DATASET
-        return tag[:, None] | past, tag | np.minimum(index + self.sampler.foresight, last)
+        return Drawn(dataset, index, tag[:, None] | past, tag | np.minimum(index + self.sampler.foresight, last))
 
-    def _needs(self, step: int) -> dict[str, np.ndarray]:
-        """Camera -> keys, sorted, of what the batch of ``step`` shows."""
-        dataset, index = self.sampler.draw(step, self.rank, self.ranks)
-        past, ahead = self._frames(dataset, index)
+    def _needs(self, drawn: Drawn) -> dict[str, np.ndarray]:
+        """Camera -> keys, sorted."""
         needs = {}
         for camera, has in self._has.items():
-            here = has[dataset]
-            asked = [past[here].ravel()] if camera in self.cameras else []
-            needs[camera] = np.unique(np.concatenate([*asked, ahead[here]] if camera in self.future else asked))
+            here = has[drawn.dataset]
+            asked = [drawn.past[here].ravel()] if camera in self.cameras else []
+            needs[camera] = np.unique(np.concatenate([*asked, drawn.future[here]] if camera in self.future else asked))
         return needs
 
     def _plan(self, start: int, steps: int) -> Span:
         """At most ``steps`` steps from ``start`` on, as many as fit."""
-        needs = self._needs(start)
-        if any(len(keys) > self._room for keys in needs.values()):
+        span = Span(start, [self._draw(start)], {})
+        span.needs = self._needs(span.drawn[0])
+        if any(len(keys) > self._room for keys in span.needs.values()):
             size = sum(store.frames[0].nbytes for store in self._stores.values())
-            least = SPANS * max(map(len, needs.values())) * size
+            least = SPANS * max(map(len, span.needs.values())) * size
             raise UserError(f"the images of one batch do not fit the loader's memory; give cache_bytes of at least {least}")
-        stop = start + 1
-        while stop < start + steps:
-            more = {camera: np.union1d(needs[camera], keys) for camera, keys in self._needs(stop).items()}
+        while len(span.drawn) < steps:
+            drawn = self._draw(span.stop)
+            more = {camera: np.union1d(span.needs[camera], keys) for camera, keys in self._needs(drawn).items()}
             if any(len(keys) > self._room for keys in more.values()):
                 break
-            needs, stop = more, stop + 1
-        return Span(start, stop, needs)
+            span.needs = more
+            span.drawn.append(drawn)
+        return span
 
     # what is decoded ------------------------------------------------------------------------------------------------
 
-    def _advance(self, step: int) -> None:
+    def _advance(self, step: int) -> Drawn:
         """Have the frames of ``step`` decoded, and those that come after."""
         spans = [span for span in self._spans if span.stop > step]
         if not spans or spans[0].start > step:
             self._forget()
             spans = [self._plan(step, 1)]
-        if spans != self._spans or len(spans) < SPANS:
-            while len(spans) < SPANS:
-                last = spans[-1]
-                spans.append(self._plan(last.stop, GROWTH * (last.stop - last.start)))
-            self._spans = spans
-            self._jobs = {number: job for number, job in self._jobs.items() if not job[0].done() or job[0].exception()}
-            for span, after in zip(spans, spans[1:], strict=False):
-                if not span.placed:
-                    for camera in self._stores:
-                        self._place(camera, span.needs[camera], after.needs[camera])
-                    span.placed = True
+        while len(spans) < SPANS:
+            spans.append(self._plan(spans[-1].stop, GROWTH * len(spans[-1].drawn)))
+        self._spans = spans
+        for span, after in pairwise(spans):
+            if not span.placed:
+                self._jobs = {number: job for number, job in self._jobs.items() if not job[0].done() or job[0].exception()}
+                for camera in self._stores:
+                    self._place(camera, span.needs[camera], after.needs[camera])
+                span.placed = True
+        return spans[0].drawn[step - spans[0].start]
 
     def _place(self, camera: str, keys: np.ndarray, after: np.ndarray) -> None:
         """Give the frames ``keys`` places and jobs, and those of ``after`` that lie on the way."""
@@ -246,7 +262,7 @@ class Loader:
 
     def _decode(self, camera: str, run: np.ndarray, places: np.ndarray) -> None:
         dataset = self.sampler.datasets[int(run[0] >> DATASET)]
-        self._stores[camera].frames[places] = dataset.frames(camera, run & (1 << DATASET) - 1)
+        dataset.fill(camera, run & (1 << DATASET) - 1, self._stores[camera].frames, places)
 
     def _forget(self) -> None:
         """Give up what was planned: jobs that have not begun leave their places."""
@@ -284,3 +300,9 @@ def runs(keys: np.ndarray, later: np.ndarray) -> list[np.ndarray]:
     for group in np.split(both, cuts):
         found += [part for start in range(0, len(group), RUN) if np.isin(part := group[start : start + RUN], keys).any()]
     return found
+
+
+def best_order(datasets: Sequence[Dataset], cameras: Sequence[str]) -> Order:
+    """``Windowed`` where one of the cameras is kept as video, else ``Shuffled``."""
+    forward = any(d.source(camera).forward for d in datasets for camera in cameras if camera in d.cameras)
+    return Windowed() if forward else Shuffled()

@@ -79,7 +79,7 @@ class Mixture:
                 raise UserError(f"'{key}' has {named} dimensions; a mixture needs the same of each: map them to one robot first")
         self.lanes = min(sampler.lanes for sampler in self.samplers)
         self._counts = _quotas([source.weight for source in sources])
-        self._blocks: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -90,44 +90,46 @@ class Mixture:
         """Datasets and frames (rows,) of this rank's part of the batch of ``step``, both int64."""
         rows = np.arange(self.batch_size)[rows_of(self.batch_size, rank, ranks)]
         lanes, places = lanes_of(rows, step, self.batch_size, self.lanes)
-        source, index = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
-        for lane in np.unique(lanes).tolist():
-            for block in np.unique(places[lanes == lane] // BLOCK).tolist():
-                here = np.flatnonzero((lanes == lane) & (places // BLOCK == block))
-                of, nth = (table[places[here] % BLOCK] for table in self._block(lane, block))
-                source[here] = of
-                for i in np.unique(of).tolist():
-                    at = block * self._counts[i] + nth[of == i]
-                    index[here[of == i]] = self.samplers[i].at(at, lane, self.lanes)
+        blocks, inside = np.divmod(places, BLOCK)
+        source, nth = np.empty((2, len(rows)), np.int64)
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            source[here], nth[here] = (table[lanes[here], inside[here]] for table in self._block(block))
+        index = np.empty(len(rows), np.int64)
+        for i in np.unique(source).tolist():
+            mine = source == i
+            index[mine] = self.samplers[i].at(blocks[mine] * self._counts[i] + nth[mine], lanes[mine], self.lanes)
         return source, index
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
         """The batch of ``step``, or a rank's part of it; see ``ChunkSampler.batch``."""
-        return self.gather(*self.draw(step, rank, ranks))
+        return self.collect(*self.draw(step, rank, ranks))
 
-    def gather(self, source: np.ndarray, index: np.ndarray) -> Batch:
-        """The samples that start at frames ``index`` (B,) of datasets ``source`` (B,)."""
-        parts = {i: self.samplers[i].gather(index[source == i]) for i in np.unique(source).tolist()}
-        batch: Batch = {"dataset": source}
+    def collect(self, dataset: np.ndarray, index: np.ndarray) -> Batch:
+        """The samples that start at frames ``index`` (B,) of datasets ``dataset`` (B,)."""
+        parts = {i: self.samplers[i].gather(index[dataset == i]) for i in np.unique(dataset).tolist()}
+        batch: Batch = {"dataset": dataset}
         for key, value in next(iter(parts.values())).items():
             batch[key] = np.empty((len(index), *value.shape[1:]), value.dtype)
             for i, part in parts.items():
-                batch[key][source == i] = part[key]
+                batch[key][dataset == i] = part[key]
         return batch
 
-    def _block(self, lane: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each place of a block the source, and how many of that source stand before it."""
-        if (lane, block) not in self._blocks:
-            while len(self._blocks) > 2 * self.lanes:
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each lane and place of a block, (lanes, BLOCK): the source, and how many of that source stand before it."""
+        if block not in self._blocks:
+            while len(self._blocks) > 1:
                 self._blocks.pop(next(iter(self._blocks)))
-            of = np.repeat(np.arange(len(self._counts)), self._counts)
-            if len(self._counts) > 1:
-                of = np.random.default_rng((self.seed, lane, block, 1)).permutation(of)
-            order = np.argsort(of, kind="stable")
-            nth = np.empty(BLOCK, np.int64)
-            nth[order] = np.arange(BLOCK) - np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
-            self._blocks[lane, block] = of, nth
-        return self._blocks[lane, block]
+            tables = np.empty((2, self.lanes, BLOCK), np.int64)
+            for lane in range(self.lanes):
+                of = np.repeat(np.arange(len(self._counts)), self._counts)
+                if len(self._counts) > 1:
+                    of = np.random.default_rng((self.seed, lane, block, 1)).permutation(of)
+                tables[0, lane] = of
+                nth = np.arange(BLOCK) - np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
+                tables[1, lane, np.argsort(of, kind="stable")] = nth
+            self._blocks[block] = tables[0], tables[1]
+        return self._blocks[block]
 
 
 def _seed(seed: int, source: int) -> int:

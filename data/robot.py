@@ -129,7 +129,9 @@ class Robot(_Known):
                 if mine is not None and yours is not None and mine != yours:
                     problems.append(f"camera {name}: {field} is {mine} in the mapping and {yours} in the dataset")
         if problems or rate is None:
-            raise UserError(f"{where}: {'; '.join(problems)}. Mend the mapping, or propose one with `vla data inspect {dataset.path} --write`")
+            raise UserError(
+                f"{where}: {'; '.join(problems)}. Mend the mapping, or propose one with `vla data inspect {dataset.path} --write`"
+            )
         vectors = {"observation.state": _columns(dataset, self.state.slots), "action": _columns(dataset, self.action.slots)}
         if "action.expert" in dataset.vectors and all(slot.place[0] == "action" for slot in self.action.slots):
             expert = [slot.model_copy(update={"source": f"action.expert[{slot.place[1]}]"}) for slot in self.action.slots]
@@ -144,18 +146,22 @@ class Robot(_Known):
         )  # fmt: skip
 
 
-class Upright:
+class Upright(ImageSource):
     """Frames of another source, turned upright and to RGB."""
 
     def __init__(self, source: ImageSource, flip: str | None, bgr: bool) -> None:
         rows, columns = flip in ("vertical", "rotate180"), flip in ("horizontal", "rotate180")
-        self._source = source
+        self._source, self.kind, self.forward = source, source.kind, source.forward
         self._order = (slice(None), slice(None, None, -1 if rows else 1), slice(None, None, -1 if columns else 1))
         self._bgr = bgr
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
+    def size(self, index: int) -> tuple[int, int]:
+        return self._source.size(index)
+
+    def fill(self, indices: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
         frames = self._source.read(indices)[self._order]
-        return np.ascontiguousarray(frames[..., ::-1] if self._bgr else frames)
+        self.check("a camera", frames.shape[1:3], out)
+        out[rows] = frames[..., ::-1] if self._bgr else frames
 
 
 def load_robot(name: str | Path, overrides: list[str] | None = None) -> Robot:

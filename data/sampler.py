@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import UserError
-from .order import Order, Shuffled
+from .order import Order, Shuffled, shares
 from .readers import Dataset
 
 Batch = dict[str, np.ndarray]
@@ -30,8 +30,8 @@ class Sampler(Protocol):
     def draw(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Datasets and frames (rows,) of this rank's part of the batch of ``step``, both int64."""
 
-    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
-        """This rank's part of the batch of ``step``."""
+    def collect(self, dataset: np.ndarray, index: np.ndarray) -> Batch:
+        """What the vectors hold for samples that were drawn."""
 
 
 def rows_of(batch_size: int, rank: int, ranks: int) -> slice:
@@ -45,9 +45,7 @@ def rows_of(batch_size: int, rank: int, ranks: int) -> slice:
     return slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
 
 
-def split_episodes(
-    dataset: Dataset, held_out: float, seed: int = 0, episodes: Sequence[int] | None = None
-) -> tuple[list[int], list[int]]:
+def split_episodes(dataset: Dataset, held_out: float, seed: int = 0, episodes: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
     """Episode indices for training and for validation, each task divided alike.
 
     Args:
@@ -113,7 +111,7 @@ class ChunkSampler:
             if key not in dataset.vectors:
                 raise UserError(f"{dataset.path} has no '{key}'; it has {', '.join(dataset.vectors)}")
         chosen = dataset.episodes if episodes is None else [dataset.episodes[i] for i in episodes]
-        self.datasets = (dataset,)
+        self.datasets: tuple[Dataset, ...] = (dataset,)
         self.chunk = chunk
         self.batch_size = batch_size
         self.seed = seed
@@ -130,7 +128,7 @@ class ChunkSampler:
         self._steps = np.arange(chunk)
         self._order = order or Shuffled()
         self.lanes = self._order.lanes(batch_size, len(self.frames))
-        self._orders: dict[tuple[int, int], list[np.ndarray]] = {}
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def __len__(self) -> int:
         """Samples per epoch."""
@@ -140,24 +138,28 @@ class ChunkSampler:
         """Frame indices (B / ranks,) of this rank's part of the batch of ``step``."""
         rows = np.arange(self.batch_size)[rows_of(self.batch_size, rank, ranks)]
         lane, place = lanes_of(rows, step, self.batch_size, self.lanes)
-        drawn = np.empty(len(rows), np.int64)
-        for one in np.unique(lane):
-            drawn[lane == one] = self.at(place[lane == one], int(one), self.lanes)
-        return drawn
+        return self.at(place, lane, self.lanes)
 
     def draw(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """See ``Sampler``."""
         index = self.indices(step, rank, ranks)
         return np.zeros_like(index), index
 
-    def at(self, places: np.ndarray, lane: int = 0, lanes: int = 1) -> np.ndarray:
-        """Frames (n,) at ``places`` (n,) of the endless sequence of one of ``lanes``, which share each epoch's frames."""
-        share = len(self.frames) // lanes + (lane < len(self.frames) % lanes)
-        epochs = places // share
+    def collect(self, dataset: np.ndarray, index: np.ndarray) -> Batch:
+        """See ``Sampler``."""
+        return self.gather(index)
+
+    def at(self, places: np.ndarray, lane: np.ndarray | int = 0, lanes: int = 1) -> np.ndarray:
+        """Frames (n,) at ``places`` (n,) of the endless sequences of some of ``lanes``, which share each epoch's frames."""
+        offset, share = shares(len(self.frames), np.asarray(lane), lanes)
+        epochs, inside = np.divmod(places, share)
+        first, last = int(epochs.min()), int(epochs.max())
+        if first == last:
+            return self._epoch(first, lanes)[offset + inside]
         drawn = np.empty(len(places), np.int64)
-        for epoch in np.unique(epochs):
+        for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            drawn[here] = self._lanes(int(epoch), lanes)[lane][places[here] % share]
+            drawn[here] = self._epoch(epoch, lanes)[(offset + inside)[here]]
         return drawn
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
@@ -185,11 +187,11 @@ class ChunkSampler:
             "future": np.minimum(index + self.foresight, end),
         }
 
-    def _lanes(self, epoch: int, lanes: int) -> list[np.ndarray]:
-        """The frames of an epoch, as its lanes take them; neighbouring epochs are kept, as lanes end an epoch in turn."""
+    def _epoch(self, epoch: int, lanes: int) -> np.ndarray:
+        """The frames of an epoch, lane by lane; neighbouring epochs are kept, as a batch may touch two."""
         if (epoch, lanes) not in self._orders:
-            while len(self._orders) > 2:
-                self._orders.pop(min(self._orders, key=lambda known: -abs(known[0] - epoch)))
+            while len(self._orders) > 1:
+                self._orders.pop(next(iter(self._orders)))
             generator = np.random.default_rng((self.seed, epoch))
             self._orders[epoch, lanes] = self._order.arrange(self.frames, self._end[self.frames], epoch, lanes, generator)
         return self._orders[epoch, lanes]

@@ -56,7 +56,8 @@ class Sketch:
         self._waiting = 0
         self._lattices: list[Lattice] = []
         self._counted = 0
-        self._mean, self._squares = np.zeros(dims), np.zeros(dims)
+        self._mean: np.ndarray = np.zeros(dims)
+        self._squares: np.ndarray = np.zeros(dims)
 
     @property
     def dims(self) -> int:

@@ -16,6 +16,7 @@ import yaml
 
 import triune
 from triune.cli.main import main
+from triune.data.statistics import load_statistics
 
 CLI = Path(triune.__file__).parent / "cli"
 VERBS = (
@@ -27,6 +28,8 @@ VERBS = (
     ("data",),
     ("data", "record"),
     ("data", "inspect"),
+    ("data", "stats"),
+    ("data", "bench"),
     ("model",),
     ("model", "show"),
     ("model", "check"),
@@ -225,6 +228,10 @@ MISTAKES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
     "unknown world": (["data", "record", "cubes/lift-rde", "--episodes", "1", "--out", "d"], "cubes/lift-red"),
     "unknown scenes": (["data", "record", "scenes:cubse", "--episodes", "1", "--out", "d"], "there are no scenes of kind 'cubse'"),
     "no dataset to inspect": (["data", "inspect", "nowhere"], "nowhere"),
+    "no dataset to sum up": (["data", "stats", "nowhere"], "nowhere"),
+    "relative actions of no chunk": (["data", "stats", "nowhere", "--relative", "0,1"], "--relative and --chunk belong together"),
+    "malformed dimensions": (["data", "stats", "x", "--relative", "0,a", "--chunk", "4"], "--relative '0,a' must list a state dimension"),
+    "no dataset to time": (["data", "bench", "nowhere"], "nowhere"),
     "unknown spec": (["model", "show", "triune_tyni"], "did you mean 'triune_tiny'?"),
     "unknown spec to check": (["model", "check", "triune_tyni"], "did you mean 'triune_tiny'?"),
     "wrong spec key": (wrong_spec_key, "unknown key 'steams'; did you mean 'streams'?"),
@@ -249,6 +256,25 @@ def test_show_prints_a_spec(vla: Run) -> None:
     code, out, _ = vla("model", "show", "triune_tiny")
     assert code == 0
     assert all(name in out for name in ("obs", "future", "state", "action"))
+
+
+def test_statistics_of_a_dataset(vla: Run, tmp_path: Path) -> None:
+    """Written for a trainer, printed for people, and compared with those of a checkpoint."""
+    folder = dataset(tmp_path)[2].partition("=")[2]
+    code, out, _ = vla("data", "stats", folder, "--out", "statistics.json", "--json")
+    found = json.loads(out)["statistics"]
+    assert code == 0
+    assert found["action"]["count"] == found["observation.state"]["count"] > 0
+    assert load_statistics("statistics.json")["action"].q99 == tuple(found["action"]["q99"])
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text("{}")
+    (checkpoint / "statistics.json").write_bytes(Path("statistics.json").read_bytes())
+    relative = ",".join(["0"] + ["-"] * (len(found["action"]["mean"]) - 1))
+    code, out, _ = vla("data", "stats", folder, "--relative", relative, "--chunk", "4", "--against", checkpoint)
+    assert code == 0
+    assert "relative, chunks of 4" in out
+    assert "Use the statistics of the checkpoint: every dimension" in out
 
 
 def test_check_prints_json(vla: Run, monkeypatch: pytest.MonkeyPatch) -> None:

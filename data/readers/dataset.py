@@ -2,8 +2,9 @@
 
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,13 +119,38 @@ class Dataset:
                     progress(int(block[-1]) + 1, len(self))
         return images
 
-    def _read(self, camera: str, indices: np.ndarray) -> np.ndarray:
+    def source(self, camera: str) -> ImageSource:
+        """Where the frames of one camera come from.
+
+        Raises:
+            UserError: there is no such camera.
+        """
         if camera not in self.sources:
             raise UserError(f"{self.path} has no camera '{camera}'; it has {', '.join(self.cameras) or 'none'}")
+        return self.sources[camera]
+
+    def fill(self, camera: str, indices: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
+        """Decode frames ``indices`` (n,) of one camera into ``rows`` (n,) of ``out`` (m, H, W, 3), uint8.
+
+        Raises:
+            UserError: there is no such camera, a frame has another size than ``out``, or does not decode.
+        """
+        source = self.source(camera)
+        with self._told(camera, indices):
+            source.fill(indices, out, rows)
+
+    def _read(self, camera: str, indices: np.ndarray) -> np.ndarray:
+        source = self.source(camera)
         if not len(indices):
             raise ValueError("no frames were asked for")
+        with self._told(camera, indices):
+            return source.read(indices)
+
+    @contextmanager
+    def _told(self, camera: str, indices: np.ndarray) -> Iterator[None]:
+        """Damage as a sentence."""
         try:
-            return self.sources[camera].read(indices)
+            yield
         except DAMAGE as error:
             where = f"camera {camera} of {self.path}, frames {indices.min()} to {indices.max()}"
             raise UserError(f"{where}, cannot be decoded ({error}); copy the dataset again, or run `vla data repair`") from error

@@ -88,7 +88,7 @@ def open_hdf5(root: Path) -> Dataset:
     return Dataset(root, contract, rate if rate is not None else math.nan, sources, episodes, vectors, tasks, task_index)
 
 
-class Hdf5Column:
+class Hdf5Column(ImageSource):
     """One camera of all demonstrations.
 
     Args:
@@ -97,27 +97,30 @@ class Hdf5Column:
         starts: index of each one's first frame in the dataset, int64 (episodes,).
     """
 
+    kind = "HDF5, h5py"
+
     def __init__(self, key: str, places: list[tuple[Path, str]], starts: np.ndarray) -> None:
         self.key = key
         self.places = places
         self.starts = starts
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 (n, H, W, 3); a file is opened for each call, so that forked workers share no handle."""
+    def size(self, index: int) -> tuple[int, int]:
+        episode = int(np.searchsorted(self.starts, index, side="right")) - 1
+        file, name = self.places[episode]
+        with _opened(file) as handle:
+            height, width, _ = handle[f"data/{name}/obs/{self.key}"].shape[1:]
+        return int(height), int(width)
+
+    def fill(self, indices: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
+        """A file is opened for each call, so that forked workers share no handle."""
         episodes = np.searchsorted(self.starts, indices, side="right") - 1
-        frames: np.ndarray | None = None
         for episode in np.unique(episodes):
             file, name = self.places[episode]
-            chosen = np.flatnonzero(episodes == episode)
             with _opened(file) as handle:
                 images = handle[f"data/{name}/obs/{self.key}"]
-                if frames is None:
-                    frames = np.empty((len(indices), *images.shape[1:]), np.uint8)
-                for position in chosen:
-                    frames[position] = images[int(indices[position] - self.starts[episode])]
-        if frames is None:
-            raise ValueError("no frames were asked for")
-        return frames
+                self.check(f"{file}, {self.key}", images.shape[1:3], out)
+                for position in np.flatnonzero(episodes == episode):
+                    out[rows[position]] = images[int(indices[position] - self.starts[episode])]
 
 
 @dataclass(frozen=True)

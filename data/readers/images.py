@@ -1,10 +1,11 @@
 """Camera frames of a LeRobotDataset: PNG columns of parquet files, or videos. Only what is asked for is decoded.
 
-A source has one method, ``read(indices) -> uint8 (n, H, W, 3)``, safe to call from several threads.
+Sources may be called from several threads.
 """
 
 import io
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,14 +27,46 @@ ROW_GROUP_CACHE = 128 * 2**20
 """Bytes of encoded images that one PNG column keeps in memory."""
 
 
-class ImageSource(Protocol):
-    """Frames of one camera by their index in the dataset."""
+class ImageSource(ABC):
+    """Frames of one camera by their index in the dataset.
+
+    Attributes:
+        kind: how they are kept and what decodes them, in words.
+        forward: whether neighbours are cheaper together than one by one.
+    """
+
+    kind: str
+    forward: bool = False
+
+    @abstractmethod
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of one frame."""
+
+    @abstractmethod
+    def fill(self, indices: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
+        """Decode frames ``indices`` (n,) into ``rows`` (n,) of ``out`` (m, H, W, 3), uint8, RGB.
+
+        Raises:
+            UserError: a frame has another size than ``out``, or cannot be decoded.
+        """
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 (n, H, W, 3), RGB, in the order of ``indices`` (n,)."""
+        """uint8 (n, H, W, 3), RGB, in the order of ``indices`` (n,), at least one."""
+        out = np.empty((len(indices), *self.size(int(indices[0])), 3), np.uint8)
+        self.fill(indices, out, np.arange(len(indices)))
+        return out
+
+    def check(self, where: object, size: tuple[int, ...], out: np.ndarray) -> None:
+        """
+        Raises:
+            UserError: frames of ``size`` do not fit ``out``.
+        """
+        if size != out.shape[1:3]:
+            said = f"{size[0]}x{size[1]} and {out.shape[1]}x{out.shape[2]}"
+            raise UserError(f"{where} holds frames of different sizes, {said}; convert them to one size")
 
 
-class PngColumn:
+class PngColumn(ImageSource):
     """Images that lie as PNG (or JPEG) bytes in a parquet column.
 
     Args:
@@ -41,6 +74,8 @@ class PngColumn:
         files: parquet files in the order of the dataset.
         starts: index of each file's first frame in the dataset, int64 (files,).
     """
+
+    kind = "PNG, PIL"
 
     def __init__(self, key: str, files: Sequence[Path], starts: np.ndarray) -> None:
         self.key = key
@@ -51,27 +86,20 @@ class PngColumn:
         self._groups: OrderedDict[tuple[int, int], pa.Array] = OrderedDict()
         self._bytes = 0
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        order = np.argsort(indices, kind="stable")
-        frames: np.ndarray | None = None
-        for position in order:
-            image = self._decode(int(indices[position]))
-            if frames is None:
-                frames = np.empty((len(indices), *image.shape), np.uint8)
-            if image.shape != frames.shape[1:]:
-                sizes = f"{image.shape} and {frames.shape[1:]}"
-                raise UserError(f"{self.key} holds frames of different sizes, {sizes}; convert them to one size")
-            frames[position] = image
-        if frames is None:
-            raise ValueError("no frames were asked for")
-        return frames
+    def size(self, index: int) -> tuple[int, int]:
+        with Image.open(io.BytesIO(self._bytes_of(index))) as image:
+            return image.height, image.width
 
-    def _decode(self, index: int) -> np.ndarray:
+    def fill(self, indices: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
+        for position in np.argsort(indices, kind="stable"):
+            with Image.open(io.BytesIO(self._bytes_of(int(indices[position])))) as image:
+                self.check(self.key, (image.height, image.width), out)
+                out[rows[position]] = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+    def _bytes_of(self, index: int) -> bytes:
         file = int(np.searchsorted(self.starts, index, side="right")) - 1
         with self._lock:
-            encoded = self._encoded(file, index - int(self.starts[file]))
-        with Image.open(io.BytesIO(encoded)) as image:
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+            return self._encoded(file, index - int(self.starts[file]))
 
     def _encoded(self, file: int, row: int) -> bytes:
         """The bytes of one row; its row group stays in memory while there is room."""
@@ -100,7 +128,7 @@ class Clip:
     start: float
 
 
-class VideoColumn:
+class VideoColumn(ImageSource):
     """Images that lie in mp4 files, many episodes in one. Files stay open for the next call; each thread has its own.
 
     Args:
@@ -109,32 +137,32 @@ class VideoColumn:
         fps: frames per second.
     """
 
+    forward = True
+
     def __init__(self, clips: Sequence[Clip], starts: np.ndarray, fps: float) -> None:
         self.clips = list(clips)
         self.starts = starts
         self.fps = fps
         self.decoder = _decoder()
+        self.kind = f"video, {self.decoder.__name__}"
         self._lock = threading.Lock()
         self._idle: list[Decoder] = []
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
+    def size(self, index: int) -> tuple[int, int]:
+        with self._open(self.clips[int(np.searchsorted(self.starts, index, side="right")) - 1].path) as decoder:
+            return decoder.size
+
+    def fill(self, indices: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
         episodes = np.searchsorted(self.starts, indices, side="right") - 1
         wanted: dict[Path, list[tuple[float, int]]] = {}
-        for position, (index, episode) in enumerate(zip(indices, episodes, strict=True)):
-            clip = self.clips[int(episode)]
-            wanted.setdefault(clip.path, []).append((clip.start + (int(index) - int(self.starts[episode])) / self.fps, position))
-        frames: np.ndarray | None = None
+        for index, episode, row in zip(indices.tolist(), episodes.tolist(), rows.tolist(), strict=True):
+            clip = self.clips[episode]
+            wanted.setdefault(clip.path, []).append((clip.start + (index - int(self.starts[episode])) / self.fps, row))
         for path, asked in wanted.items():
             asked.sort()
             with self._open(path) as decoder:
-                frames = np.empty((len(indices), *decoder.size, 3), np.uint8) if frames is None else frames
-                if decoder.size != frames.shape[1:3]:
-                    sizes = f"{decoder.size} and {frames.shape[1:3]}"
-                    raise UserError(f"{path} holds frames of another size than the files before, {sizes}; convert them to one size")
-                decoder.read([time for time, _ in asked], frames, [position for _, position in asked])
-        if frames is None:
-            raise ValueError("no frames were asked for")
-        return frames
+                self.check(path, decoder.size, out)
+                decoder.read([time for time, _ in asked], out, [row for _, row in asked])
 
     @contextmanager
     def _open(self, path: Path) -> Iterator["Decoder"]:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ...errors import UserError
+from .columns import mapped
 from .dataset import Dataset, EpisodeInfo
 from .images import ImageSource, PngColumn, VideoColumn
 from .layouts import Place, layout_v2, layout_v3
@@ -41,7 +42,8 @@ def open_lerobot(root: Path) -> Dataset:
     if not widths:
         raise UserError(f"{root} has neither states nor actions in meta/info.json; give a dataset of demonstrations")
     scalars = [key for key in ("timestamp", "episode_index", "task_index") if key != "timestamp" or key in features]
-    columns = _read_columns(files, widths | dict.fromkeys(scalars, 1), episodes)
+    wanted, frames = widths | dict.fromkeys(scalars, 1), episodes[-1].frames.stop
+    columns = mapped(root, files, [wanted, len(episodes)], frames, lambda: _read_columns(files, wanted, episodes))
     vectors = {key: columns[key] for key in widths}
     sources: dict[str, ImageSource] = {}
     for key, feature in features.items():

@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ Row = dict[str, Any]
 
 
 def bench(name: str) -> dict[str, Any]:
-    """Run one benchmark: ``bench, command, hardware, versions, date, rows``.
+    """Run one benchmark: ``bench, command, hardware, versions, load, date, rows``; ``load`` is how many processes others kept
+    running in the minute before.
 
     Raises:
         UserError: there is no such benchmark.
@@ -28,12 +30,14 @@ def bench(name: str) -> dict[str, Any]:
     if name not in BENCHES:
         near = difflib.get_close_matches(name, BENCHES, n=1)
         raise UserError(f"there is no benchmark '{name}'" + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(BENCHES)}"))
+    load = os.getloadavg()[0]
     rows: list[Row] = import_module(f".{name}", __package__).run()
     return {
         "bench": name,
         "command": command(),
         "hardware": hardware(),
         "versions": versions(),
+        "load": round(load, 2),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": rows,
     }
@@ -125,4 +129,5 @@ def _origin(result: dict[str, Any]) -> str:
     machine, made = result["hardware"], result.get("versions", {})
     parts = [f"`{result['command']}`", result["date"][:10], machine["cpu"], f"{machine['cores']} cores", machine["gpu"]]
     parts += [f"{package} {made[package]}" for package in ("torch", "transformers", "lerobot") if package in made]
+    parts += [f"load {result['load']:g} before it began"] if "load" in result else []
     return f"- {result['bench']}: " + ", ".join(part for part in parts if part)

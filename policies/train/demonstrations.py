@@ -9,8 +9,7 @@ from pydantic import PositiveFloat
 from ...config import Strict
 from ...data import Contract, Dataset, Statistics, open_dataset
 from ...data.mixture import Mixture, Source, split_sources
-from ...data.order import Order, Shuffled, Windowed
-from ...data.readers.images import VideoColumn
+from ...data.order import Order
 from ...data.robot import load_robot
 from ...data.sampler import ChunkSampler
 from ...data.statistics import Sketch, sketch_actions, sketch_dataset
@@ -51,12 +50,6 @@ class Demonstrations:
     def datasets(self) -> list[Dataset]:
         """In order."""
         return [source.dataset for source in self.sources]
-
-    @property
-    def order(self) -> Order:
-        """Forward through videos, any order through images."""
-        filmed = any(isinstance(frames, VideoColumn) for dataset in self.datasets for frames in dataset.sources.values())
-        return Windowed() if filmed else Shuffled()
 
     def task_of(self, which: np.ndarray, frames: np.ndarray) -> np.ndarray:
         """The number in ``tasks`` of each of some frames (B,), of datasets ``which`` (B,)."""

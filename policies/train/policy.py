@@ -15,6 +15,7 @@ from torch import Tensor
 from ...config import Strict, dump, find, load_tree, merge, parse
 from ...data import Contract, Observation, Statistics
 from ...data.augment import Augment, Factors
+from ...data.loader import best_order
 from ...data.sampler import Batch, ChunkSampler
 from ...data.transforms import Affine
 from ...errors import UserError
@@ -132,7 +133,8 @@ class PolicyTask:
         heads = {n: h for n, h in self.spec.heads.items() if isinstance(h, LatentHead)}
         foreseen = next((h.cameras for h in heads.values()), ())
         ahead = max([h.horizon for h in heads.values()], default=0)
-        drawing = (recipe.train.seed, recipe.action_key, ahead, recipe.stride, self.demonstrations.order)
+        order = best_order(self.demonstrations.datasets, self.spec.cameras)
+        drawing = (recipe.train.seed, recipe.action_key, ahead, recipe.stride, order)
         self.sampler = make_sampler(self.demonstrations.sources, self.chunk, recipe.train.batch_size, *drawing)
         self.frames = open_frames(self.demonstrations, self.sampler, self.spec, foreseen, recipe.cache, recipe.workers)
         held = self.demonstrations.held

@@ -10,7 +10,7 @@ import pytest
 
 from triune.data import Contract, Episode, open_dataset
 from triune.data.inspect import inspect
-from triune.data.readers.images import decode_pyav
+from triune.data.readers.images import Pyav
 from triune.errors import UserError
 
 MakeEpisode = Callable[..., Episode]
@@ -139,7 +139,8 @@ def test_video_that_is_cut_off(tmp_path: Path) -> None:
             frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), level * 10, np.uint8), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    frames = decode_pyav(path, [0.0, 0.1, 1.5, 1.9], 10)
+    frames = np.empty((4, 64, 64, 3), np.uint8)
+    Pyav(path, 10).read([0.0, 0.1, 1.5, 1.9], frames, range(4))
     np.testing.assert_allclose(frames.astype(float).mean((1, 2, 3)), [0, 10, 150, 190], atol=3)
     with pytest.raises(UserError, match=r"ends before 2\.500 s"):
-        decode_pyav(path, [2.5], 10)
+        Pyav(path, 10).read([2.5], frames, [0])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -280,3 +281,22 @@ with DatasetWriter(sys.argv[1], contract, 20) as writer:
         assert theirs.num_episodes == len(dataset.episodes)
         assert float(theirs[len(theirs) - 1]["action"][0]) == len(dataset.episodes) - 1
     shutil.rmtree(folder)
+
+
+def test_no_frame_of_a_video_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder that stalls for a second, as on a busy machine: lerobot's queue of 30 frames overflows, and what follows moves up."""
+    from lerobot.datasets.compute_stats import RunningQuantileStats
+
+    size, count = 64, 60
+    vectors = {name: Vector(names=("x",)) for name in ("state", "action")}
+    contract = Contract(cameras=(Camera(name="top", height=size, width=size),), **vectors, rate=10.0)
+    levels = 4 * np.arange(count, dtype=np.uint8)
+    images = np.broadcast_to(levels[:, None, None, None], (count, size, size, 3))
+    still = np.zeros((count, 1), np.float32)
+    stalls = iter([1.0])
+    update = RunningQuantileStats.update
+    monkeypatch.setattr(RunningQuantileStats, "update", lambda self, batch: (time.sleep(next(stalls, 0.0)), update(self, batch))[1])
+    with DatasetWriter(tmp_path / "stalled", contract, 10, video=True) as writer:
+        writer.add(Episode({"top": images}, still, still, "lift"))
+    read = open_dataset(tmp_path / "stalled").load_images("top")
+    np.testing.assert_allclose(read.mean((1, 2, 3)), levels, atol=3)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from triune import UserError
-from triune.eval.bench import BENCHES, bench, write
+from triune.data import open_dataset
+from triune.eval.bench import BENCHES, bench, loader, write
 from triune.eval.bench.inference import BF16, FP32, composed
 from triune.eval.bench.peer import Composed
 from triune.eval.bench.run import in_turns, median_interval, row, seconds
@@ -27,11 +28,12 @@ def test_rates_are_better_when_larger_and_times_when_smaller() -> None:
 def test_a_result_has_the_shape_that_machines_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("triune.eval.bench.inference.run", lambda: [row("case", 1, 2, "them", "ms", 1.5)])
     result = bench("inference")
-    assert list(result) == ["bench", "command", "hardware", "versions", "date", "rows"]
+    assert list(result) == ["bench", "command", "hardware", "versions", "load", "date", "rows"]
     assert list(result["rows"][0]) == ["name", "ours", "peer", "peer_name", "ratio", "interval", "unit", "gate", "passed"]
-    table = write([result], tmp_path).read_text()
+    table = write([{**result, "load": 1.25}], tmp_path).read_text()
+    assert "load 1.25 before it began" in table
     assert "| inference | case | 1 ms | 2 (them) | 2 | >= 1.5 | yes |" in table
-    assert json.loads((tmp_path / "bench-inference.json").read_text()) == result
+    assert json.loads((tmp_path / "bench-inference.json").read_text()) == {**result, "load": 1.25}
     other = {**result, "bench": "loader", "rows": [row("other", 1, 2, "them", "ms", interval=(1.9, 2.1))]}
     both = write([other], tmp_path).read_text()  # what was measured before stays in the table
     assert "| loader | other | 1 ms | 2 (them) | 2 (1.9 to 2.1) |  | yes |" in both and "| inference | case |" in both
@@ -77,3 +79,18 @@ def test_seconds_takes_the_median_after_a_first_call() -> None:
     calls: list[int] = []
     assert seconds(lambda: calls.append(1), repeats=3) >= 0
     assert len(calls) == 4
+
+
+def test_loading_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our half of the loader's benchmark on small data; the peer's takes minutes."""
+    for name, value in {"EPISODES": 2, "FRAMES": 120, "SIDE": 64}.items():
+        monkeypatch.setattr(loader, name, value)
+    loader.write(tmp_path / "video", video=True)
+    loader.write_vectors(tmp_path / "vectors")
+    assert open_dataset(tmp_path / "vectors").vectors["action"].shape == (240, 7)
+    assert loader.ours(tmp_path / "video", repeats=1) > 0
+    assert loader.ours(tmp_path / "vectors", repeats=1) > 0
+    frames = loader.shuffled(tmp_path / "video")
+    assert frames["unit"] == "frames/s" and 0.05 < frames["ratio"] < 5
+    kept = loader.memory(tmp_path / "vectors")
+    assert kept["passed"] and kept["ours"] < 1.05 * kept["peer"]
