@@ -4,7 +4,6 @@ A field that nobody knows is written ``unknown``: it is ``None`` in the model, i
 """
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,7 +128,9 @@ class Robot(_Known):
                 if mine is not None and yours is not None and mine != yours:
                     problems.append(f"camera {name}: {field} is {mine} in the mapping and {yours} in the dataset")
         if problems or rate is None:
-            raise UserError(f"{where}: {'; '.join(problems)}. Mend the mapping, or propose one with `vla data inspect {dataset.path} --write`")
+            raise UserError(
+                f"{where}: {'; '.join(problems)}. Mend the mapping, or propose one with `vla data inspect {dataset.path} --write`"
+            )
         vectors = {"observation.state": _columns(dataset, self.state.slots), "action": _columns(dataset, self.action.slots)}
         if "action.expert" in dataset.vectors and all(slot.place[0] == "action" for slot in self.action.slots):
             expert = [slot.model_copy(update={"source": f"action.expert[{slot.place[1]}]"}) for slot in self.action.slots]
@@ -138,10 +139,8 @@ class Robot(_Known):
             vectors["disturbed"] = dataset.vectors["disturbed"]
         sources = {name: _upright(dataset.sources[camera_name(c.source)], c) for name, c in self.cameras.items()}
         contract = self.contract.model_copy(update={"rate": rate, "render": dataset.contract.render})
-        episodes = [replace(episode) for episode in dataset.episodes]
-        return Dataset(
-            dataset.path, contract, rate, sources, episodes, vectors, dataset.tasks, dataset.task_index, dataset.timestamps
-        )  # fmt: skip
+        facts = (dataset.episodes, vectors, dataset.tasks, dataset.task_index, dataset.timestamps)
+        return Dataset(dataset.path, contract, rate, sources, *facts)
 
 
 class Upright:
