@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from .features import vectors_of
 from .tail import Tail
 from .types import Episode
 
@@ -109,7 +110,7 @@ def encode_images(episode: Episode, job: Job) -> tuple["LeRobotDatasetMetadata",
             found = get_feature_stats(pixels, axis=(0, 2, 3), keepdims=True)
             key = f"observation.images.{camera}"
             statistics[key] = {name: value if name == "count" else np.squeeze(value / 255.0, axis=0) for name, value in found.items()}
-            encoded = pa.array(pool.map(_png, images), pa.binary())
+            encoded = pa.array(pool.map(png, images), pa.binary())
             columns[key] = pa.StructArray.from_arrays([encoded, pa.array(names)], ["bytes", "path"])
     for key, value in vectors.items():
         kind = schema.field(key).type
@@ -149,13 +150,8 @@ def encode_videos(episode: Episode, job: Job) -> tuple["LeRobotDatasetMetadata",
     return dataset.meta, pq.read_table(job.stage / job.data.path.relative_to(job.root))
 
 
-def vectors_of(episode: Episode) -> dict[str, np.ndarray]:
-    """The vector columns of an episode, float32 (T, D) each."""
-    columns = {"observation.state": episode.state, "action": episode.action, **episode.extra}
-    return {key: np.asarray(value, np.float32).reshape(len(value), -1) for key, value in columns.items()}
-
-
-def _png(image: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
+    """An image (H, W, 3) as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=PNG_LEVEL)
     return buffer.getvalue()

@@ -179,15 +179,11 @@ def _measure(dataset: Dataset) -> tuple[dict[str, Any], list[Finding]]:
         return measured | {"clipped": {}, "gripper": [], "mode": None, "follows": []}, found
     action, names = joined(dataset, [key])
     shares = checks.clipped(action)
-    for i in np.flatnonzero(shares > MANY_CLIPPED):
-        sentence = (
-            f"{shares[i]:.0%} of action {names[i]} lie at its smallest or largest value ({action[:, i].min():g}, {action[:, i].max():g})"
-        )
-        found.append(
-            Finding(
-                "clipped", sentence, "the controller or the recorder clips; raise its limit, or accept that faster moves are not learned"
-            )
-        )
+    hit = [f"{names[i]} {shares[i]:.0%}" for i in np.flatnonzero(shares > MANY_CLIPPED)]
+    if hit:
+        sentence = f"many actions lie exactly at the smallest or largest value of their dimension: {', '.join(hit)}"
+        mend = "the controller or the recorder clips; raise its limit, or accept that faster moves are not learned"
+        found.append(Finding("clipped", sentence, mend))
     hands = checks.grippers(action, state, (names, state_names), dataset.episodes)
     gripper = [asdict(hand) | {"name": names[hand.action], "guess": _hand(hand, names, state_names)} for hand in hands]
     if dataset.contract.action.gripper is None:
