@@ -108,3 +108,33 @@ def _print_inspection(found: dict[str, Any]) -> None:
     print("Findings:" if found["findings"] else "Findings: none")
     for finding in found["findings"]:
         print(f"* {finding['sentence']}\n    -> {finding['mend']}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A dataset of any format that `vla data inspect` reads.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the new dataset; an unfinished one is continued.")],
+    to: Annotated[str, typer.Option(help="Format: v3.0 or v2.1 of LeRobotDataset.")] = "v3.0",
+    video: Annotated[bool, typer.Option("--video", help="Keep images as video instead of PNG: smaller, no longer bit for bit.")] = False,
+    robot: Annotated[str | None, typer.Option(help="Mapping: a name in configs/robot or a YAML file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Write a dataset in another format, and read it back to compare."""
+    from ..data import open_dataset
+    from ..data.convert import convert as run
+    from ..data.robot import load_robot
+
+    mapping = load_robot(robot) if robot else None
+    opened = open_dataset(source)
+    with progress_bar("convert") as progress:
+        viewed, name = (mapping.view(opened), mapping.name) if mapping else (opened, None)
+        done = run(viewed, out, to, video=video, robot=name, progress=progress)
+    if json:
+        print_json(done)
+        return
+    print(f"{done['path']}: LeRobotDataset {done['version']}, {done['episodes']} episodes, {done['frames']} frames, read back")
+    for camera, found in done["images"].items():
+        said = "every pixel equal" if found == "equal" else f"{found['mean_db']:.1f} dB, worst frame {found['worst_db']:.1f} dB"
+        print(f"  camera {camera}: {said}")
+    if done["skipped"]:
+        print(f"  left out, of one frame: episodes {', '.join(map(str, done['skipped']))}")
