@@ -138,3 +138,25 @@ def convert(
         print(f"  camera {camera}: {said}")
     if done["skipped"]:
         print(f"  left out, of one frame: episodes {', '.join(map(str, done['skipped']))}")
+
+
+@app.command()
+def repair(
+    dataset: Annotated[Path, typer.Argument(help="Folder of a LeRobotDataset v3.0 that was cut off or never finalised.")],
+    out: Annotated[Path | None, typer.Option(help="Write here; default: in its place, and keep the broken one beside it.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Save every whole episode of a broken recording, and say what was lost."""
+    from ..data.repair import repair as run
+
+    done = run(dataset, out)
+    if json:
+        print_json(done)
+    elif not done["changed"]:
+        print(f"{done['path']}: nothing is broken, {done['kept']} episodes")
+    else:
+        print(f"{done['path']}: {done['kept']} episodes kept, {len(done['lost'])} lost")
+        for entry in done["lost"]:
+            print(f"  lost episode {entry['episode']}: {entry['why']}")
+        if done["backup"]:
+            print(f"what was there before: {done['backup']}")
