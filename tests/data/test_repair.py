@@ -134,9 +134,9 @@ def test_video_cut(killed: tuple[Path, str], tmp_path: Path) -> None:
     assert done["kept"] == 2
     assert [entry["why"] for entry in done["lost"]] == ["its video of observation.images.top is cut off"] * 2
     holds(folder, [0, 1], 2)
+    content = video.read_bytes()
+    video.write_bytes(content[:-200])
     with pytest.raises(UserError, match="no whole episode"):
-        content = video.read_bytes()
-        video.write_bytes(content[:-200])
         repair(folder)
     video.write_bytes(content)
     assert repair(folder)["changed"] is False
