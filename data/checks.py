@@ -14,6 +14,7 @@ STILL = 1e-3
 """A step below this share of a dimension's range is no movement."""
 MOST_SAMPLES = 20_000
 """Transitions on which movements are compared with actions."""
+GRIPPER_WORDS = ("grip", "finger", "jaw")
 GRIPPER_STEPS = 4
 """Frames that a gripper is given to answer."""
 
@@ -95,6 +96,11 @@ class Follow:
     correlation: float
     before: float
 
+    @property
+    def late(self) -> bool:
+        """The movement before explains the action clearly better: less than 0.7 of the variance stays unexplained."""
+        return self.before > 0.5 and 1 - self.before**2 < 0.7 * (1 - self.correlation**2)
+
 
 def follows(action: np.ndarray, state: np.ndarray, episodes: Sequence[EpisodeInfo]) -> list[Follow | None]:
     """For each action dimension (N, A) the state dimension (N, S) it drives; ``None`` where it never changes."""
@@ -133,7 +139,7 @@ class Gripper:
         values: the two values that it switches between, or ``None`` where it is continuous.
         state: the state dimension that answers, or ``None``.
         closes: the end of the action at which the size of that state falls, ``low`` or ``high``; ``None`` where it cannot be told.
-        correlation: of the action with the change of that size.
+        correlation: of the action with the change of that size; 0 where it may be chance.
     """
 
     action: int
@@ -154,25 +160,30 @@ def grippers(
         names: of the action and the state dimensions.
         episodes: of both.
     """
-    words = ("grip", "finger", "jaw")
     values = [bimodal(action[:, i]) for i in range(action.shape[1])]
-    named = [i for i, name in enumerate(names[0]) if any(word in name.lower() for word in words)]
+    named = [i for i, name in enumerate(names[0]) if any(word in name.lower() for word in GRIPPER_WORDS)]
     chosen = named or [i for i, pair in enumerate(values) if pair is not None]
-    openings = [i for i, name in enumerate(names[1]) if any(word in name.lower() for word in words)]
+    openings = [i for i, name in enumerate(names[1]) if any(word in name.lower() for word in (*GRIPPER_WORDS, "width"))]
     frames = np.concatenate([np.arange(e.start, max(e.start, e.frames.stop - GRIPPER_STEPS)) for e in episodes])
     found = []
     for i in chosen:
         among = openings or list(range(state.shape[1]))
-        correlation, answer = 0.0, None
-        if len(frames) and among:
-            size = np.abs(state[:, among])
-            row = _correlations(action[frames, i : i + 1], size[frames + GRIPPER_STEPS] - size[frames])[0]
-            place = int(np.argmax(np.abs(row)))
-            correlation, answer = float(row[place]), among[place]
-        told = abs(correlation) > max(0.2, _noise(len(frames)))
-        closes = ("high" if correlation < 0 else "low") if told else None
-        found.append(Gripper(i, values[i], answer if told else None, closes, correlation))
+        rows = [(_answer(action[:, i], np.abs(state[:, j]), frames), j) for j in among]
+        correlation, answer = max(rows, key=lambda row: abs(row[0]), default=(0.0, -1))
+        closes = ("high" if correlation < 0 else "low") if correlation else None
+        found.append(Gripper(i, values[i], answer if closes else None, closes, correlation))
     return found
+
+
+def _answer(command: np.ndarray, size: np.ndarray, frames: np.ndarray) -> float:
+    """Correlation of the mean command (N,) of the next steps from ``frames`` on with the change of ``size`` (N,) in them; 0 where it may
+    be chance."""
+    if not len(frames):
+        return 0.0
+    steps = frames[:, None] + np.arange(GRIPPER_STEPS)
+    change = size[frames + GRIPPER_STEPS] - size[frames]
+    correlation = float(_correlations(command[steps].mean(1, keepdims=True), change[:, None])[0, 0])
+    return correlation if abs(correlation) > max(0.2, _noise(len(frames))) else 0.0
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def _measure(dataset: Dataset) -> tuple[dict[str, Any], list[Finding]]:
     elif mode is not None and mode != dataset.contract.action.mode:
         sentence = f"the contract says that actions are {dataset.contract.action.mode}, and they look {mode}"
         found.append(Finding("mode", sentence, "look at one episode and correct `mode:` in the mapping"))
-    late = [link for _, link in arm if link.mode == "relative" and link.before > link.correlation + 0.05]
+    late = [link for _, link in arm if link.mode == "relative" and link.late]
     if len(late) * 2 > len(arm) > 0:
         sentence = (
             "actions go with the movement that ended at their row better than with the one that begins there: rows look one step late"
@@ -213,7 +213,7 @@ def _hand(hand: checks.Gripper, names: tuple[str, ...], state_names: tuple[str, 
     kind = f"switches between {hand.values[0]:g} and {hand.values[1]:g}" if hand.values else "moves continuously"
     if hand.state is None:
         return f"action {names[hand.action]} {kind}; no state answers, so which end closes is unknown"
-    ends = hand.values or ("its low end", "its high end")
+    ends = (f"{hand.values[0]:g}", f"{hand.values[1]:g}") if hand.values else ("its low end", "its high end")
     closing, change = (ends[1], "falls") if hand.closes == "high" else (ends[0], "rises")
     answer = f"the size of state {state_names[hand.state]} {change} when it is high (correlation {hand.correlation:.2f})"
     return f"action {names[hand.action]} {kind}; {answer}: if that is the gripper's opening, {closing} closes (a guess)"

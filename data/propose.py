@@ -1,6 +1,8 @@
 """A proposed mapping for a dataset, as YAML in which every doubt is the word ``unknown`` and a comment says why."""
 
 import io
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +124,7 @@ def _part(dataset: Dataset, part: str, features: list[str], vector: Vector, doub
     """Slots of whole features in their order; what the contract says only holds where it is about these very features."""
     names = [name for key in features for name in dimension_names(dataset, key)]
     sources = [f"{key}[{i}]" for key in features for i in range(dataset.vectors[key].shape[1])]
-    if len(set(names)) < len(names):
+    if len(set(names)) < len(names) or UNKNOWN in names:
         names = [source.replace("[", "_").removesuffix("]") for source in sources]
     known = vector if vector.names == tuple(names) else Vector(names=())
     units = known.units or (None,) * len(names)
@@ -136,8 +138,9 @@ def _part(dataset: Dataset, part: str, features: list[str], vector: Vector, doub
 
 
 def _scalar(value: object) -> str:
-    """A value as YAML on one line, safe inside braces."""
+    """A value as YAML on one line; a text that could be read as something else is quoted."""
     if value is None:
         return UNKNOWN
-    text = yaml.safe_dump([value], default_flow_style=True, width=10_000, allow_unicode=True).strip()
-    return text[1:-1]
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.]*", value) and yaml.safe_load(value) == value:
+        return value
+    return json.dumps(value)
