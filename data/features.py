@@ -1,5 +1,6 @@
 """What an episode holds in lerobot's words, and whether it may follow the episodes before it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,6 @@ from .contract import Contract
 from .readers.metadata import DEFAULT_COLUMNS
 from .types import Episode
 
-SMALLEST_VIDEO = 64
-"""The AV1 encoder ends the whole process with a floating point exception at 16 pixels."""
-
 
 def vectors_of(episode: Episode) -> dict[str, np.ndarray]:
     """The vector columns of an episode, float32 (T, D) each."""
@@ -20,7 +18,9 @@ def vectors_of(episode: Episode) -> dict[str, np.ndarray]:
     return {key: np.asarray(value, np.float32).reshape(len(value), -1) for key, value in columns.items()}
 
 
-def episode_features(episode: Episode, path: Path, contract: Contract, video: bool, before: dict[str, Any] | None) -> dict[str, Any]:
+def episode_features(
+    episode: Episode, path: Path, contract: Contract, video: bool, before: dict[str, Any] | None, wrong: Sequence[str] = ()
+) -> dict[str, Any]:
     """lerobot's feature table of an episode, without its default columns.
 
     Args:
@@ -29,6 +29,7 @@ def episode_features(episode: Episode, path: Path, contract: Contract, video: bo
         contract: its conventions.
         video: whether images are kept as video.
         before: the feature table of the episodes before, where there are some.
+        wrong: what the writer itself found wrong, in words.
 
     Raises:
         UserError: the episode's cameras or sizes are not those of the contract, or of the episodes before.
@@ -44,14 +45,12 @@ def episode_features(episode: Episode, path: Path, contract: Contract, video: bo
         known = {"observation.state": contract.state.names}.get(key, contract.action.names)
         names = list(known) if len(known) == value.shape[1] else [f"{key}_{i}" for i in range(value.shape[1])]
         features[key] = {"dtype": "float32", "shape": (value.shape[1],), "names": names}
-    problems = [
+    problems = [*wrong]
+    problems += [
         f"{key} has {len(value)} frames and action {len(episode)}"
         for key, value in [*episode.images.items(), *vectors_of(episode).items()]
         if len(value) != len(episode)
     ]
-    smallest = min((min(images.shape[1:3]) for images in episode.images.values()), default=SMALLEST_VIDEO)
-    if video and smallest < SMALLEST_VIDEO:
-        problems.append(f"AV1 video needs at least {SMALLEST_VIDEO} pixels each way and its images have {smallest}")
     if len(episode) < 2:
         problems.append("it has fewer than two frames")
     if sorted(episode.images) != sorted(contract.camera_names):

@@ -30,6 +30,8 @@ from .tail import Tail
 from .types import Episode
 
 STAGING = ".staging"
+SMALLEST_VIDEO = 64
+"""The AV1 encoder ends the whole process with a floating point exception at 16 pixels."""
 
 
 class DatasetWriter:
@@ -104,7 +106,12 @@ class DatasetWriter:
         """
         if self._lock is None:
             raise ValueError(f"the writer of {self.path} is closed")
-        features = episode_features(episode, self.path, self.contract, self.video, self._history.info.features if self._history else None)
+        smallest = min((min(images.shape[1:3]) for images in episode.images.values()), default=SMALLEST_VIDEO)
+        wrong = []
+        if self.video and smallest < SMALLEST_VIDEO:
+            wrong.append(f"AV1 video needs at least {SMALLEST_VIDEO} pixels each way and its images have {smallest}")
+        before = self._history.info.features if self._history else None
+        features = episode_features(episode, self.path, self.contract, self.video, before, wrong)
         shutil.rmtree(self._stage, ignore_errors=True)
         history = self._history or History()
         for tail in (self._data, self._episodes):

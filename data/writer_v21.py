@@ -81,10 +81,10 @@ class WriterV21:
         """
         if self._lock is None:
             raise ValueError(f"the writer of {self.path} is closed")
-        features = episode_features(episode, self.path, self.contract, self.video, self._info["features"] if self._info else None)
         odd = [f"{n} {i.shape[1]}x{i.shape[2]}" for n, i in episode.images.items() if self.video and (i.shape[1] % 2 or i.shape[2] % 2)]
-        if odd:
-            raise UserError(f"h264 video needs an even height and width, and {', '.join(odd)} has not; write images, or resize them")
+        wrong = [f"h264 video needs an even height and width, unlike {', '.join(odd)}"] if odd else []
+        before = self._info["features"] if self._info else None
+        features = episode_features(episode, self.path, self.contract, self.video, before, wrong)
         index, first = len(self), int(self._info["total_frames"]) if self._info else 0
         known = dict(self._tasks)
         task = known.setdefault(episode.task, len(known))
