@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from .features import vectors_of
 from .tail import Tail
 from .types import Episode
 
@@ -81,7 +82,7 @@ def encode_images(episode: Episode, job: Job) -> tuple["LeRobotDatasetMetadata",
     put it into the table: 0.6 s for 45 frames of two cameras, against 0.1 s here.
     """
     from lerobot.datasets import LeRobotDatasetMetadata
-    from lerobot.datasets.compute_stats import compute_episode_stats, get_feature_stats
+    from lerobot.datasets.compute_stats import compute_episode_stats
     from lerobot.datasets.feature_utils import get_hf_features_from_features
 
     meta = LeRobotDatasetMetadata.create(
@@ -105,11 +106,9 @@ def encode_images(episode: Episode, job: Job) -> tuple["LeRobotDatasetMetadata",
     names = [f"frame-{step:06d}.png" for step in steps]
     with ThreadPoolExecutor(4) as pool:
         for camera, images in episode.images.items():
-            pixels = images[:: max(1, count // 8), ::4, ::4].transpose(0, 3, 1, 2)
-            found = get_feature_stats(pixels, axis=(0, 2, 3), keepdims=True)
             key = f"observation.images.{camera}"
-            statistics[key] = {name: value if name == "count" else np.squeeze(value / 255.0, axis=0) for name, value in found.items()}
-            encoded = pa.array(pool.map(_png, images), pa.binary())
+            statistics[key] = image_statistics(images)
+            encoded = pa.array(pool.map(png, images), pa.binary())
             columns[key] = pa.StructArray.from_arrays([encoded, pa.array(names)], ["bytes", "path"])
     for key, value in vectors.items():
         kind = schema.field(key).type
@@ -150,13 +149,17 @@ def encode_videos(episode: Episode, job: Job) -> tuple["LeRobotDatasetMetadata",
     return dataset.meta, pq.read_table(job.stage / job.data.path.relative_to(job.root))
 
 
-def vectors_of(episode: Episode) -> dict[str, np.ndarray]:
-    """The vector columns of an episode, float32 (T, D) each."""
-    columns = {"observation.state": episode.state, "action": episode.action, **episode.extra}
-    return {key: np.asarray(value, np.float32).reshape(len(value), -1) for key, value in columns.items()}
+def image_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
+    """lerobot's statistics of frames uint8 (T, H, W, 3), in [0, 1], from every fourth pixel of some eight of them."""
+    from lerobot.datasets.compute_stats import get_feature_stats
+
+    pixels = images[:: max(1, len(images) // 8), ::4, ::4].transpose(0, 3, 1, 2)
+    found = get_feature_stats(pixels, axis=(0, 2, 3), keepdims=True)
+    return {name: value if name == "count" else np.squeeze(value / 255.0, axis=0) for name, value in found.items()}
 
 
-def _png(image: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
+    """An image (H, W, 3) as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=PNG_LEVEL)
     return buffer.getvalue()

@@ -1,11 +1,18 @@
 """Writing files so that a reader, or a program killed at any moment, sees the old state or the new one and nothing between."""
 
+import fcntl
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
 
 
 def sha256(path: Path) -> str:
@@ -70,6 +77,43 @@ def remove(path: Path) -> None:
             shutil.rmtree(trash)
         os.rename(path, trash)
         shutil.rmtree(trash)
+
+
+def lock(folder: Path) -> int:
+    """Hold the folder for one writer until the descriptor is closed or the process dies.
+
+    Raises:
+        UserError: another one holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder} is being written by another recorder; wait until it ends, or choose another folder") from None
+    return descriptor
+
+
+def append_json(file: Path, row: dict[str, Any]) -> None:
+    """Add one line of JSON, numpy's arrays and numbers as JSON's, and wait until it is on the disk."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(_plain(row)) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_json_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Replace a file of JSON lines."""
+    write_file(file, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with numpy's arrays and numbers as JSON's."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def replace_link(link: Path, target: str) -> None:

@@ -4,7 +4,6 @@ A field that nobody knows is written ``unknown``: it is ``None`` in the model, i
 """
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,10 +139,8 @@ class Robot(_Known):
             vectors["disturbed"] = dataset.vectors["disturbed"]
         sources = {name: _upright(dataset.sources[camera_name(c.source)], c) for name, c in self.cameras.items()}
         contract = self.contract.model_copy(update={"rate": rate, "render": dataset.contract.render})
-        episodes = [replace(episode) for episode in dataset.episodes]
-        return Dataset(
-            dataset.path, contract, rate, sources, episodes, vectors, dataset.tasks, dataset.task_index, dataset.timestamps
-        )  # fmt: skip
+        facts = (dataset.episodes, vectors, dataset.tasks, dataset.task_index, dataset.timestamps)
+        return Dataset(dataset.path, contract, rate, sources, *facts)
 
 
 class Upright(ImageSource):

@@ -9,7 +9,6 @@ exactly the published ones. The last parquet file of the folder is replaced by a
 Beside lerobot's files lie ``meta/triune.json`` (the contract) and ``meta/triune_episodes.jsonl`` (facts per episode).
 """
 
-import fcntl
 import importlib.util
 import json
 import os
@@ -18,21 +17,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
 from .contract import Contract
-from .encode import History, Job, encode_images, encode_videos, vectors_of
-from .files import publish, write_file
-from .readers.metadata import CONTRACT_FILE, DEFAULT_COLUMNS, EPISODES_FILE, read_contract, read_episode_rows, read_facts, read_info
+from .encode import History, Job, encode_images, encode_videos
+from .features import episode_features
+from .files import append_json, lock, publish, write_file, write_json_lines
+from .readers.metadata import CONTRACT_FILE, EPISODES_FILE, read_contract, read_episode_rows, read_facts, read_info
 from .tail import Tail
 from .types import Episode
 
+STAGING = ".staging"
 SMALLEST_VIDEO = 64
 """The AV1 encoder ends the whole process with a floating point exception at 16 pixels."""
-STAGING = ".staging"
 
 
 class DatasetWriter:
@@ -67,7 +66,7 @@ class DatasetWriter:
         if self.path.exists() and not begun and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path} exists and is not a dataset; choose another folder, or remove it")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = _lock(self.path)
+        self._lock: int | None = lock(self.path)
         try:
             if (self.path / "meta" / "info.json").is_file():
                 self._resume()
@@ -107,7 +106,12 @@ class DatasetWriter:
         """
         if self._lock is None:
             raise ValueError(f"the writer of {self.path} is closed")
-        features = self._features(episode)
+        smallest = min((min(images.shape[1:3]) for images in episode.images.values()), default=SMALLEST_VIDEO)
+        wrong = []
+        if self.video and smallest < SMALLEST_VIDEO:
+            wrong.append(f"AV1 video needs at least {SMALLEST_VIDEO} pixels each way and its images have {smallest}")
+        before = self._history.info.features if self._history else None
+        features = episode_features(episode, self.path, self.contract, self.video, before, wrong)
         shutil.rmtree(self._stage, ignore_errors=True)
         history = self._history or History()
         for tail in (self._data, self._episodes):
@@ -125,53 +129,12 @@ class DatasetWriter:
         statistics = self._stage / "meta" / "stats.json"  # lerobot's order changes from process to process
         statistics.write_text(json.dumps(json.loads(statistics.read_text()), indent=4, sort_keys=True))
         publish(statistics, self.path / "meta" / "stats.json")
-        with (self.path / EPISODES_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"episode_index": self._count, **_plain(episode.meta)}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_json(self.path / EPISODES_FILE, {"episode_index": self._count, **episode.meta})
         publish(self._stage / "meta" / "info.json", self.path / "meta" / "info.json")  # from here on it exists
 
         self._history = History(meta.info, meta.tasks, meta.stats, _without_statistics(row))
         self._count += 1
         return self._count - 1
-
-    def _features(self, episode: Episode) -> dict[str, Any]:
-        """lerobot's feature table of an episode, after checking it."""
-        features: dict[str, Any] = {}
-        for camera, images in episode.images.items():
-            features[f"observation.images.{camera}"] = {
-                "dtype": "video" if self.video else "image",
-                "shape": images.shape[1:],
-                "names": ["height", "width", "channels"],
-            }
-        for key, value in vectors_of(episode).items():
-            known = {"observation.state": self.contract.state.names}.get(key, self.contract.action.names)
-            names = list(known) if len(known) == value.shape[1] else [f"{key}_{i}" for i in range(value.shape[1])]
-            features[key] = {"dtype": "float32", "shape": (value.shape[1],), "names": names}
-        problems = [
-            f"{key} has {len(value)} frames and action {len(episode)}"
-            for key, value in [*episode.images.items(), *vectors_of(episode).items()]
-            if len(value) != len(episode)
-        ]
-        smallest = min(min(images.shape[1:3]) for images in episode.images.values())
-        if self.video and smallest < SMALLEST_VIDEO:
-            problems.append(f"AV1 video needs at least {SMALLEST_VIDEO} pixels each way and its images have {smallest}")
-        if len(episode) < 2:
-            problems.append("it has fewer than two frames")
-        if sorted(episode.images) != sorted(self.contract.camera_names):
-            problems.append(f"its cameras are {', '.join(episode.images)} and the contract's {', '.join(self.contract.camera_names)}")
-        for name, value, vector in (("state", episode.state, self.contract.state), ("action", episode.action, self.contract.action)):
-            if value.shape[1] != vector.size:
-                problems.append(f"its {name} has {value.shape[1]} dimensions and the contract's {vector.size}")
-        if self._history is not None:
-            mine, stored = _kinds(features), _kinds(self._history.info.features)
-            different = [key for key in sorted(mine | stored) if mine.get(key) != stored.get(key)]
-            problems += [
-                f"its {key} is {mine.get(key, 'absent')}, and {stored.get(key, 'absent')} in the episodes before" for key in different
-            ]
-        if problems:
-            raise UserError(f"an episode does not fit {self.path}: {'; '.join(problems)}. Record it into another folder")
-        return features
 
     def _resume(self) -> None:
         """Take up a dataset where its last published episode ends."""
@@ -190,8 +153,7 @@ class DatasetWriter:
             tail.load(self._count)
         self._history = History(load_info(self.path), load_tasks(self.path), load_stats(self.path), last)
         facts = read_facts(self.path)
-        lines = [json.dumps({"episode_index": index, **facts[index]}) + "\n" for index in sorted(facts) if index < self._count]
-        write_file(self.path / EPISODES_FILE, "".join(lines))
+        write_json_lines(self.path / EPISODES_FILE, ({"episode_index": i, **facts[i]} for i in sorted(facts) if i < self._count))
 
 
 def check_lerobot() -> None:
@@ -203,31 +165,6 @@ def check_lerobot() -> None:
         raise UserError("recording needs lerobot, which is not installed; run `pip install 'triune-vla[lerobot]'` (Python 3.12)")
 
 
-def _lock(path: Path) -> int:
-    """Hold the folder for one writer until the descriptor is closed or the process dies."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{path} is being written by another recorder; wait until it ends, or choose another folder") from None
-    return descriptor
-
-
-def _kinds(features: dict[str, Any]) -> dict[str, str]:
-    """What of lerobot's feature table must not change between episodes."""
-    return {key: f"{f['dtype']} {tuple(f['shape'])}" for key, f in features.items() if key not in DEFAULT_COLUMNS}
-
-
 def _without_statistics(row: pa.Table) -> dict[str, Any]:
     plain: dict[str, Any] = row.select([name for name in row.column_names if not name.startswith("stats/")]).to_pylist()[0]
     return plain
-
-
-def _plain(value: Any) -> Any:
-    """``value`` with numpy's arrays and numbers as JSON's."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value

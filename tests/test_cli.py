@@ -30,6 +30,8 @@ VERBS = (
     ("data", "inspect"),
     ("data", "stats"),
     ("data", "bench"),
+    ("data", "convert"),
+    ("data", "repair"),
     ("model",),
     ("model", "show"),
     ("model", "check"),
@@ -201,6 +203,14 @@ def dataset_with_other_state(folder: Path) -> list[str]:
     return dataset(folder, state=4)
 
 
+def small_dataset_to(version: str) -> Callable[[Path], list[str]]:
+    def arguments(folder: Path) -> list[str]:
+        dataset(folder)
+        return ["data", "convert", "dataset", "out", "--to", version]
+
+    return arguments
+
+
 def no_run_to_resume(folder: Path) -> list[str]:
     return ["train", "quickstart", "--resume", "--out", str(folder / "run")]
 
@@ -232,6 +242,13 @@ MISTAKES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
     "relative actions of no chunk": (["data", "stats", "nowhere", "--relative", "0,1"], "--relative and --chunk belong together"),
     "malformed dimensions": (["data", "stats", "x", "--relative", "0,a", "--chunk", "4"], "--relative '0,a' must list a state dimension"),
     "no dataset to time": (["data", "bench", "nowhere"], "nowhere"),
+    "unknown mapping": (
+        ["data", "convert", "nowhere", "out", "--robot", "libreo"],
+        "there is no robot config 'libreo'; did you mean 'libero'?",
+    ),
+    "no dataset to convert": (["data", "convert", "nowhere", "out"], "there is no dataset folder nowhere"),
+    "no dataset to repair": (["data", "repair", "nowhere"], "there is no dataset folder nowhere"),
+    "unknown format": (small_dataset_to("v1.6"), "a dataset cannot be converted to 'v1.6'; choose v3.0 or v2.1"),
     "unknown spec": (["model", "show", "triune_tyni"], "did you mean 'triune_tiny'?"),
     "unknown spec to check": (["model", "check", "triune_tyni"], "did you mean 'triune_tiny'?"),
     "wrong spec key": (wrong_spec_key, "unknown key 'steams'; did you mean 'streams'?"),
@@ -250,6 +267,23 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(vla: Run, tmp_path: Path, mis
     assert lines[-1].startswith("error: "), err
     assert sentence in lines[-1]
     assert "Traceback" not in err
+
+
+def test_the_data_verbs(vla: Run, tmp_path: Path) -> None:
+    dataset(tmp_path)
+    code, out, _ = vla("data", "inspect", "dataset", "--write", "mine.yaml", "--images", "pictures")
+    assert (code, "Findings:" in out, "mapping: mine.yaml" in out) == (0, True, True)
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["agentview.png", "wrist.png"]
+    code, out, _ = vla("data", "inspect", "dataset", "--robot", "mine.yaml", "--json")
+    assert (code, json.loads(out)["features"]["action"]) == (0, 7)
+    code, out, _ = vla("data", "convert", "dataset", "old", "--to", "v2.1", "--robot", "mine.yaml")
+    assert (code, "camera wrist: every pixel equal" in out) == (0, True)
+    assert vla("data", "repair", "dataset") == (0, "dataset: nothing is broken, 1 episodes\n", "")
+    (tmp_path / "dataset/meta/stats.json").write_text("{")
+    (tmp_path / "dataset/meta/tasks.parquet").unlink()
+    code, out, _ = vla("data", "repair", "dataset", "--json")
+    assert (code, json.loads(out)["backup"], json.loads(out)["kept"]) == (0, "dataset.broken", 1)
+    assert vla("data", "inspect", "dataset", "--json")[0] == 0
 
 
 def test_show_prints_a_spec(vla: Run) -> None:

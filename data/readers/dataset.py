@@ -19,7 +19,7 @@ from .images import ImageSource
 DECODE_BLOCK = 64
 """Frames that one thread decodes at a time in ``Dataset.load_images``."""
 
-DAMAGE = (OSError, ValueError, KeyError, EOFError, SyntaxError, RuntimeError, struct.error, pa.ArrowException)
+DAMAGE = (OSError, ValueError, LookupError, TypeError, EOFError, SyntaxError, RuntimeError, struct.error, pa.ArrowException)
 """What PIL, pyarrow, PyAV, torchcodec and h5py raise over bytes that are not what they should be."""
 
 Progress = Callable[[int, int], None]

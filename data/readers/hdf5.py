@@ -143,7 +143,7 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with h5py.File(file, "r", locking="best-effort") as handle:
             yield handle
-    except (*DAMAGE, TypeError, AttributeError, MemoryError) as error:
+    except (*DAMAGE, AttributeError, MemoryError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file} is cut off, damaged, or no HDF5 file of demonstrations ({reason}); {MEND}") from error
 

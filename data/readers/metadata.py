@@ -150,9 +150,12 @@ def camera_name(key: str) -> str:
 def read_parquet(file: Path, columns: list[str] | None = None) -> pa.Table:
     """
     Raises:
-        UserError: the file is missing, or has no footer because its writer was killed.
+        UserError: the file is missing, lacks a column, or has no footer because its writer was killed.
     """
     try:
+        absent = [name for name in columns or () if name not in pq.read_schema(file).names]
+        if absent:
+            raise UserError(f"{file} does not hold '{absent[0]}', which meta/info.json names; {MEND}")
         return pq.read_table(file, columns=columns, partitioning=None)
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {MEND}") from None
