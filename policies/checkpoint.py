@@ -7,6 +7,7 @@
 ``policy.json``        versions, weights references with their sha256, settings of the policy
 ``golden/``            observations, noise keys and the actions they gave: what is served is what was trained
 ``manifest.json``      sha256 of every file above
+``config.json``        and ``policy_preprocessor.json``, ``policy_postprocessor.json``: lerobot opens the folder by them
 """
 
 import json
@@ -27,9 +28,11 @@ from ..data.files import sha256, write_file
 from ..errors import UserError
 from ..vla.weights import Reference, resolve_reference
 from .base import Policy, Request
+from .lerobot import BESIDE, lerobot_files
 
 MANIFEST = "manifest.json"
 PARTS = ("spec.yaml", "contract.json", "statistics.json", "policy.json", "model.safetensors")
+LAST = ("checkpoints/last", "last", "checkpoints/last/pretrained_model", "last/pretrained_model", "pretrained_model")  # the latter lerobot's
 MIN_GOLDEN = 4
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # largest difference, relative to the largest golden action
 MEND = "copy the checkpoint again from where it came, or train it anew"
@@ -177,6 +180,8 @@ def write_checkpoint(
     write_file(folder / "statistics.json", json.dumps(dict(statistics), indent=2, allow_nan=False))
     write_file(folder / "policy.json", info.model_dump_json(indent=2))
     save_file(dict(weights), folder / "model.safetensors")
+    for name, text in lerobot_files().items():
+        write_file(folder / name, text)
     seal(folder)
 
 
@@ -211,9 +216,9 @@ def write_golden(folder: Path, policy: Policy, observations: Sequence[Observatio
 
 
 def seal(folder: Path) -> None:
-    """Write ``manifest.json`` over everything in ``folder`` but the training state."""
+    """Write ``manifest.json`` over everything in ``folder`` but the training state and what is lerobot's."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    files = {name: sha256(folder / name) for name in names if name != MANIFEST and not name.startswith("training/")}
+    files = {name: sha256(folder / name) for name in names if name != MANIFEST and not name.startswith(("training/", *BESIDE))}
     write_file(folder / MANIFEST, Manifest(files=files).model_dump_json(indent=2))
 
 
@@ -251,7 +256,7 @@ def find_checkpoint(path: str | Path) -> Path:
         raise UserError(f"there is no checkpoint {given}; give a checkpoint folder or a run folder, such as runs/<recipe>")
     if not given.is_dir():
         raise UserError(f"{given} is a file, not a checkpoint; give the folder that holds policy.json, or the run's folder")
-    for folder in (given, given / "checkpoints" / "last", given / "last"):
+    for folder in (given, *(given / place for place in LAST)):
         if (folder / "policy.json").is_file() or (folder / MANIFEST).is_file():
             if not (folder / MANIFEST).is_file():
                 raise UserError(f"{folder} has no {MANIFEST}, so it was not copied whole; {MEND}")
@@ -276,13 +281,21 @@ def verify(checkpoint: Checkpoint, policy: Policy, dtype: Literal["float32", "bf
         )
     tolerance = checkpoint.golden.tolerance[dtype]
     rows = []
-    for index, case in enumerate(checkpoint.golden.cases):
-        images = {camera: np.asarray(Image.open(_listed(checkpoint, name)).convert("RGB")) for camera, name in case.images.items()}
-        observation = Observation(images, np.array(case.state, np.float32), case.instruction, case.timestamp)
+    cases = zip(golden_observations(checkpoint), checkpoint.golden.cases, strict=True)
+    for index, (observation, case) in enumerate(cases):
         found, expected = _answer(policy, observation, index, case.seed), np.array(case.actions, np.float32)
         error = float(np.abs(found - expected).max()) if found.shape == expected.shape else float("inf")
         rows.append(GoldenRow(index, error, tolerance, error <= tolerance))
     return rows
+
+
+def golden_observations(checkpoint: Checkpoint) -> list[Observation]:
+    """The observations that a checkpoint is verified by; none if it was written without."""
+    found = []
+    for case in checkpoint.golden.cases if checkpoint.golden else []:
+        images = {camera: np.asarray(Image.open(_listed(checkpoint, name)).convert("RGB")) for camera, name in case.images.items()}
+        found.append(Observation(images, np.array(case.state, np.float32), case.instruction, case.timestamp))
+    return found
 
 
 def _answer(policy: Policy, observation: Observation, index: int, seed: int) -> np.ndarray:
