@@ -28,7 +28,7 @@ from ..data.files import sha256, write_file
 from ..errors import UserError
 from ..vla.weights import Reference, resolve_reference
 from .base import Policy, Request
-from .lerobot import BESIDE, lerobot_files
+from .lerobot import BESIDE, is_lerobot, lerobot_files
 
 MANIFEST = "manifest.json"
 PARTS = ("spec.yaml", "contract.json", "statistics.json", "policy.json", "model.safetensors")
@@ -229,6 +229,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         UserError: there is no checkpoint, or a file of it is missing, cut off or changed.
     """
     folder = find_checkpoint(path)
+    if is_lerobot(folder):
+        raise UserError(f"{folder} is a policy of lerobot: it acts here as it is, but for this turn it into a checkpoint by vla model convert")
     manifest = _read(folder, MANIFEST, Manifest)
     for name in PARTS:
         if name not in manifest.files:
@@ -246,7 +248,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The policy checkpoint at ``path``: the folder itself, or the last one of a run folder.
+    """The policy checkpoint at ``path``: the folder itself, or the last one of a run folder; it may be a policy of lerobot.
 
     Raises:
         UserError: there is none; the message says what is there instead.
@@ -260,6 +262,8 @@ def find_checkpoint(path: str | Path) -> Path:
         if (folder / "policy.json").is_file() or (folder / MANIFEST).is_file():
             if not (folder / MANIFEST).is_file():
                 raise UserError(f"{folder} has no {MANIFEST}, so it was not copied whole; {MEND}")
+            return folder.resolve()
+        if is_lerobot(folder):
             return folder.resolve()
     if (given / "recipe.yaml").is_file():
         way_out = f"finish it with vla train ... --out {given} --resume, or give the run of a policy recipe"

@@ -39,7 +39,8 @@ def lerobot_files() -> dict[str, str]:
 
 def is_lerobot(folder: Path) -> bool:
     """Whether ``folder`` is a policy that lerobot saved and not a checkpoint of ours."""
-    return (folder / "config.json").is_file() and (folder / "policy_preprocessor.json").is_file() and not (folder / "policy.json").exists()
+    theirs, ours = ("config.json", "policy_preprocessor.json"), ("policy.json", "manifest.json")
+    return all((folder / name).is_file() for name in theirs) and not any((folder / name).exists() for name in ours)
 
 
 class LeRobotPolicy(Policy):

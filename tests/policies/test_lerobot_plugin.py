@@ -1,9 +1,11 @@
-"""lerobot 0.6.1 trains and evaluates our specs through ``lerobot_policy_triune``, and both open what the other wrote."""
+"""lerobot 0.6.1 trains and evaluates our specs through ``lerobot_policy_triune``, and each opens what the other wrote."""
 
+import importlib
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,89 +13,210 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from triune import UserError
 from triune.config import merge
-from triune.data import Observation, open_dataset
-from triune.policies import Request, load_policy, read_checkpoint, verify
+from triune.data import ChunkSampler, Observation, open_dataset
+from triune.data.writer import DatasetWriter
+from triune.policies import Request, find_checkpoint, load_policy, read_checkpoint, verify
+from triune.policies.train.recipe import run
 
-SIDE, STATE, ACTION, LENGTH = 32, 4, 2, 9
+from ..envs.point_world import PointWorld
+from ..lerobot_peers import record_frames
+
+plugin = pytest.importorskip("lerobot_policy_triune", reason="the plugin is not installed: make venv")
+
 CAMERAS = ("top", "hand")
 CHANGES = ["cameras=[top, hand]", "heads.future.cameras=[top, hand]"]
+Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset that lerobot's own recorder wrote: two cameras and joints with names of its own, PNG."""
-    return record(tmp_path_factory.mktemp("theirs") / "d", use_videos=False)
-
-
-def record(folder: Path, use_videos: bool) -> Path:
-    from lerobot.datasets import LeRobotDataset
-
-    image = {"dtype": "video" if use_videos else "image", "shape": (SIDE, SIDE, 3), "names": ["height", "width", "channel"]}
-    features = {f"observation.images.{camera}": image for camera in CAMERAS}
-    features["observation.state"] = {"dtype": "float32", "shape": (STATE,), "names": ["pan", "lift", "elbow", "jaw"]}
-    features["action"] = {"dtype": "float32", "shape": (ACTION,), "names": {"motors": ["pan", "lift"]}}
-    dataset = LeRobotDataset.create("local/theirs", 10, features, root=folder, use_videos=use_videos, video_backend="pyav")
-    rng = np.random.default_rng(0)
-    for episode in range(3):
-        for _ in range(LENGTH):
-            row: dict[str, Any] = {f"observation.images.{c}": rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8) for c in CAMERAS}
-            row["observation.state"] = rng.normal(episode, 1, STATE).astype(np.float32)
-            dataset.add_frame(row | {"action": rng.normal(0, 2, ACTION).astype(np.float32), "task": ("fold it", "open it")[episode % 2]})
-        dataset.save_episode()
-    dataset.finalize()
-    return folder
+    return record_frames(tmp_path_factory.mktemp("theirs") / "d", use_videos=False)
 
 
 @pytest.fixture(scope="session")
 def spec(tiny_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The probe spec with its own cameras, states and actions."""
     file = tmp_path_factory.mktemp("spec") / "probe.yaml"
     file.write_text(yaml.safe_dump(merge(tiny_tree, {"streams": {"obs": {"length": 24}}})))
     return file
 
 
-def arguments(spec: Path, data: Path, out: Path, **more: Any) -> list[str]:
-    said = {
-        "policy.type": "triune",
-        "policy.spec": spec,
-        "policy.overrides": json.dumps(CHANGES),
-        "policy.n_action_steps": 3,
-        "policy.push_to_hub": "false",
-        "policy.device": "cpu",
-        "dataset.repo_id": "local/theirs",
-        "dataset.root": data,
-        "output_dir": out,
-        "batch_size": 4,
-        "steps": 2,
-        "num_workers": 0,
-        "log_freq": 1,
-        "save_freq": 2,
-    } | more
-    return [f"--{key}={value}" for key, value in said.items() if value is not None]
+def lerobot(command: str, **said: Any) -> None:
+    """``lerobot-train`` or ``lerobot-eval`` in this process; a dot in a name is written ``__``."""
+    options = [f"--{name.replace('__', '.')}={value}" for name, value in said.items()]
+    script = importlib.import_module(f"lerobot.scripts.lerobot_{command}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"lerobot-{command}", *options])
+        patch.setattr(script, "init_logging", lambda **_: None)  # it would change the loggers of every test that follows
+        script.main()
+
+
+def learning(data: Path, out: Path, **more: Any) -> dict[str, Any]:
+    """Options of a short training run."""
+    run = {"output_dir": out, "batch_size": 4, "steps": 2, "save_freq": 2, "num_workers": 0, "log_freq": 1}
+    return run | {"dataset__repo_id": "local/d", "dataset__root": data, "policy__push_to_hub": "false", "policy__device": "cpu"} | more
+
+
+def anew(spec: Path) -> dict[str, Any]:
+    """Options of a new policy for ``theirs``."""
+    changes = json.dumps(CHANGES)
+    return {"policy__type": "triune", "policy__spec": spec, "policy__overrides": changes, "policy__n_action_steps": 3}
 
 
 @pytest.fixture(scope="session")
 def trained(spec: Path, theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a policy that lerobot-train made in two steps."""
+    """The run of a policy that lerobot-train trained for two steps."""
     out = tmp_path_factory.mktemp("lerobot") / "run"
-    lerobot("train", arguments(spec, theirs, out))
+    lerobot("train", **learning(theirs, out, **anew(spec)))
     return out
 
 
-def lerobot(command: str, argv: list[str]) -> Any:
-    """``lerobot-train`` or ``lerobot-eval`` in this process."""
-    from importlib import import_module
+@pytest.fixture
+def fresh(spec: Path, theirs: Path) -> Make:
+    """``fresh(changes..., **fields)``: a new policy, and lerobot's dataset with the frames that it asks for."""
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"lerobot-{command}", *argv])
-        return import_module(f"lerobot.scripts.lerobot_{command}").main()
+    def make(*changes: str, **fields: Any) -> tuple[Any, Any]:
+        from lerobot.datasets import LeRobotDataset
+        from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+        from lerobot.datasets.factory import resolve_delta_timestamps
+        from lerobot.policies.factory import make_policy
+
+        config = plugin.TriuneConfig(spec=str(spec), overrides=[*CHANGES, *changes], device="cpu", n_action_steps=3, **fields)
+        times = resolve_delta_timestamps(config, LeRobotDatasetMetadata("local/d", root=theirs))
+        dataset = LeRobotDataset("local/d", root=theirs, delta_timestamps=times, video_backend="pyav")
+        torch.manual_seed(0)
+        return make_policy(config, ds_meta=dataset.meta), dataset
+
+    return make
 
 
-def test_lerobot_trains_a_spec(trained: Path) -> None:
-    folder = trained / "checkpoints" / "last" / "pretrained_model"
-    print(sorted(p.name for p in folder.iterdir()))
-    rows = verify(read_checkpoint(trained), load_policy(trained))
-    assert len(rows) == 5 and all(row.passed for row in rows)
+def batch_of(dataset: Any, frames: list[int]) -> dict[str, Any]:
+    return torch.utils.data.default_collate([dataset[frame] for frame in frames])
+
+
+def seen(rows: int, seed: int = 0) -> tuple[dict[str, Any], list[Observation]]:
+    """The same observations as a batch of lerobot's evaluator, and in our words."""
+    rng = np.random.default_rng(seed)
+    images = {camera: rng.integers(0, 256, (rows, 32, 32, 3), np.uint8) for camera in CAMERAS}
+    state = rng.normal(size=(rows, 4)).astype(np.float32)
+    batch = {f"observation.images.{c}": torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 for c, x in images.items()}
+    ours = [Observation({c: images[c][row] for c in CAMERAS}, state[row], "fold it") for row in range(rows)]
+    return batch | {"observation.state": torch.from_numpy(state), "task": ["fold it"] * rows}, ours
+
+
+def test_what_lerobot_trained_is_a_checkpoint_of_ours(trained: Path, theirs: Path) -> None:
+    folder = find_checkpoint(trained)
+    assert folder == (trained / "checkpoints" / "000002" / "pretrained_model").resolve()
+    assert {"config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json"} <= {p.name for p in folder.iterdir()}
+    checkpoint, policy = read_checkpoint(trained), load_policy(trained)
+    assert len(rows := verify(checkpoint, policy)) == 5 and all(row.passed for row in rows)
+    assert load_file(folder / "model.safetensors").keys() == policy.model.trained().keys()
+    assert set(checkpoint.info.weights) == {"und", "future"}
+    contract = checkpoint.contract
+    assert (contract.camera_names, contract.rate, contract.chunk, contract.executed) == (CAMERAS, 10.0, 6, 3)
+    assert (contract.state.names, contract.action.names) == (("pan", "lift", "elbow", "jaw"), ("pan", "lift"))
+    action = open_dataset(theirs).vectors["action"]
+    np.testing.assert_allclose(checkpoint.statistics["action"]["q99"], np.quantile(action, 0.99, axis=0), rtol=1e-6)
+
+
+def test_training_sees_what_acting_sees(fresh: Make, theirs: Path) -> None:
+    """Two pictures of each camera, four steps apart, and the frame that is foreseen; the ends of episodes included."""
+    policy, dataset = fresh("history={frames: 2, every: 3}", "streams.obs.length=48")
+    assert policy.config.observation_delta_indices == [-3, 0, 4]
+    frames, ours = [0, 2, 5, 8, 9, 26], open_dataset(theirs)
+    batch = batch_of(dataset, frames)
+    inputs, targets = policy._inputs(batch), policy._targets(batch)
+    starts, ends = np.array([0, 0, 0, 0, 9, 18]), np.array([8, 8, 8, 8, 17, 26])
+    for view, camera in enumerate(CAMERAS):
+        pictures = torch.from_numpy(ours.load_images(camera)).permute(0, 3, 1, 2)
+        assert torch.equal(inputs.images[:, 2 * view], pictures[np.maximum(np.array(frames) - 3, starts)])
+        assert torch.equal(inputs.images[:, 2 * view + 1], pictures[frames])
+        assert torch.equal(targets.future[:, view], pictures[np.minimum(np.array(frames) + 4, ends)])
+    drawn = ChunkSampler(ours, 6, 1, 0).gather(np.array(frames))
+    np.testing.assert_array_equal(targets.mask.numpy(), drawn["mask"])
+    there = drawn["mask"]
+    np.testing.assert_array_equal(targets.actions.numpy()[there], policy.acting.action.normalise(drawn["action"])[there])
+    np.testing.assert_array_equal(inputs.state.numpy(), policy.acting.state.normalise(drawn["state"]))
+    words = policy.acting.prompts([ours.task_of_frame[frame] for frame in frames], 4)
+    assert torch.equal(inputs.ids, words[0]) and torch.equal(inputs.present, words[1])
+
+
+def test_only_what_is_trained_learns(fresh: Make) -> None:
+    policy, dataset = fresh()
+    assert {id(p) for p in policy.get_optim_params()} == {id(p) for n, p in policy.named_parameters() if ".und." not in n}
+    optimizer = policy.config.get_optimizer_preset().build(policy.get_optim_params())
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    policy.train()
+    loss, terms = policy.forward(batch_of(dataset, [0, 4, 8, 12]))
+    assert terms.keys() == {"action_loss", "future_loss"} and not policy.model.mot.experts["und"].training
+    loss.backward()
+    optimizer.step()
+    changed = {name for name, value in policy.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name for name in changed if ".und." in name} == set()
+    assert {"model.actions.action.out.weight", "model.foresight.future.queries"} <= changed
+    assert all(p.grad is None for name, p in policy.named_parameters() if ".und." in name)
+
+
+def test_actions_are_those_of_our_policy(trained: Path) -> None:
+    folder, ours = find_checkpoint(trained), load_policy(trained)
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies.factory import make_pre_post_processors
+
+    theirs = plugin_policy().from_pretrained(folder)
+    before, after = make_pre_post_processors(PreTrainedConfig.from_pretrained(folder), str(folder))
+    batch, observations = seen(5)
+    theirs.reset()
+    torch.manual_seed(3)
+    with torch.inference_mode():
+        steps = [after(theirs.select_action(before(dict(batch)))).numpy() for _ in range(4)]
+    torch.manual_seed(3)
+    for row in range(5):
+        ours.reset(str(row), int(torch.randint(2**31, ())))
+    plans = [[ours.act(Request(str(row), o)).chunk.actions for row, o in enumerate(observations)] for _ in range(2)]
+    for step, (number, place) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0)]):
+        np.testing.assert_array_equal(steps[step], np.stack([chunk[place] for chunk in plans[number]]))
+    with pytest.raises(UserError, match="takes no noise"):
+        theirs.predict_action_chunk(batch, noise=torch.zeros(1))
+
+
+def test_training_goes_on_after_an_evaluation(fresh: Make) -> None:
+    policy, dataset = fresh()
+    with torch.inference_mode():
+        policy.eval().select_action(seen(2)[0])
+    policy.train()
+    policy.forward(batch_of(dataset, [0, 1]))[0].backward()
+    assert all(p.grad is not None for p in policy.get_optim_params())
+
+
+def test_a_run_is_resumed(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    settings = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model" / "train_config.json"
+    lerobot("train", config_path=settings, resume="true", steps=3, output_dir=tmp_path / "run")
+    first, second = (load_file(find_checkpoint(folder) / "model.safetensors") for folder in (trained, tmp_path / "run"))
+    assert first.keys() == second.keys() and not torch.equal(first["actions.action.out.weight"], second["actions.action.out.weight"])
+    assert all(row.passed for row in verify(read_checkpoint(tmp_path / "run"), load_policy(tmp_path / "run")))
+
+
+def test_lerobot_goes_on_with_what_vla_trained(spec: Path, theirs: Path, tmp_path: Path) -> None:
+    own = {"cameras": list(CAMERAS), "state_dim": 4, "heads": {"future": {"cameras": list(CAMERAS)}, "action": {"action_dim": 2}}}
+    train = {"steps": 1, "batch_size": 4, "precision": "fp32", "device": "cpu"}
+    recipe = {"kind": "policy", "spec": str(spec), "overrides": own, "data": str(theirs), "executed": 2, "normalise_action": "min_max"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"train": train}))
+    ours = run(str(tmp_path / "recipe.yaml"), [], tmp_path / "ours", resume=False)
+    more = record_frames(tmp_path / "more", use_videos=False, episodes=1)
+    lerobot("train", **learning(more, tmp_path / "kept", policy__path=ours))
+    lerobot("train", **learning(more, tmp_path / "new", policy__path=ours, policy__new_statistics="true"))
+    first, kept, new = (read_checkpoint(folder) for folder in (ours, tmp_path / "kept", tmp_path / "new"))
+    assert kept.statistics == first.statistics and kept.contract == first.contract
+    low = open_dataset(more).vectors["action"].min(0)
+    np.testing.assert_array_equal(np.float32(new.statistics["action"]["min"]), low)
+    assert new.contract.action.normalisation == "min_max"
+    assert all(row.passed for folder in ("kept", "new") for row in verify(read_checkpoint(tmp_path / folder), load_policy(tmp_path / folder)))
+
+
+def plugin_policy() -> Any:
+    return importlib.import_module("lerobot_policy_triune.modeling_triune").TriunePolicy
