@@ -75,6 +75,11 @@ def evaluate(
     spec = load_suite(suite, overrides)
     checkpoint = None if policy == EXPERT else find_checkpoint(policy)
     controls = {} if policy == EXPERT else spec.controls
+    cutting = [name for name, control in controls.items() if control.cut is not None]
+    if checkpoint is not None and is_lerobot(checkpoint) and cutting:
+        raise UserError(
+            f"{policy} is a policy of lerobot, which has no edges to cut; drop the control '{cutting[0]}' (controls=null drops all)"
+        )
     check_seeds(seed, max(spec.count(task, None, episodes) for task in spec.tasks))
     facts = {task: _facts(spec, task) for task in spec.tasks}
     acting = None if checkpoint is None else _load(checkpoint, (), spec, facts)
@@ -184,8 +189,6 @@ def _facts(spec: Suite, task: str) -> Facts:
 
 
 def _load(path: Path, cuts: Cuts, spec: Suite, facts: dict[str, Facts]) -> Policy:
-    if is_lerobot(path) and cuts:
-        raise UserError(f"{path} is a policy of lerobot, whose attention has no edges to cut; drop that control (controls=null)")
     policy: Policy = load_lerobot(path) if is_lerobot(path) else load_policy(path, cuts=cuts)
     for task in spec.tasks:
         policy.contract.require(facts[task].contract, f"policy {path}", f"world {spec.world(task)}")

@@ -32,7 +32,13 @@ from .lerobot import BESIDE, is_lerobot, lerobot_files
 
 MANIFEST = "manifest.json"
 PARTS = ("spec.yaml", "contract.json", "statistics.json", "policy.json", "model.safetensors")
-LAST = ("checkpoints/last", "last", "checkpoints/last/pretrained_model", "last/pretrained_model", "pretrained_model")  # the latter lerobot's
+LAST = (
+    "checkpoints/last",
+    "last",
+    "checkpoints/last/pretrained_model",
+    "last/pretrained_model",
+    "pretrained_model",
+)  # the latter lerobot's
 MIN_GOLDEN = 4
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # largest difference, relative to the largest golden action
 MEND = "copy the checkpoint again from where it came, or train it anew"
@@ -230,7 +236,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     folder = find_checkpoint(path)
     if is_lerobot(folder):
-        raise UserError(f"{folder} is a policy of lerobot: it acts here as it is, but for this turn it into a checkpoint by vla model convert")
+        raise UserError(
+            f"{folder} is a policy of lerobot: it acts here as it is, but for this turn it into a checkpoint by vla model convert"
+        )
     manifest = _read(folder, MANIFEST, Manifest)
     for name in PARTS:
         if name not in manifest.files:

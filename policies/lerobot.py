@@ -31,7 +31,8 @@ BESIDE = ("config.json", "train_config.json", *STEPS)
 def lerobot_files() -> dict[str, str]:
     """Files by which ``lerobot`` (with the distribution ``lerobot_policy_triune``) opens a checkpoint of ours: name -> JSON."""
     pipelines = {
-        name: {"name": name, "steps": [{"registry_name": step, "config": config} for step, config in steps]} for name, steps in STEPS.items()
+        name: {"name": name, "steps": [{"registry_name": step, "config": config} for step, config in steps]}
+        for name, steps in STEPS.items()
     }
     files: dict[str, Any] = {"config.json": {"type": "triune"}} | {f"{name}.json": pipeline for name, pipeline in pipelines.items()}
     return {name: json.dumps(tree, indent=2) for name, tree in files.items()}
@@ -57,7 +58,7 @@ class LeRobotPolicy(Policy):
     def __init__(self, policy: Any, before: Any, after: Any) -> None:
         if policy.config.n_obs_steps != 1:
             raise UserError(
-                f"lerobot's {policy.config.type} looks at {policy.config.n_obs_steps} observations (n_obs_steps) through a memory of its own; "
+                f"lerobot's {policy.config.type} looks at {policy.config.n_obs_steps} observations (n_obs_steps) that it keeps itself; "
                 "only policies of one observation can act here"
             )
         self.policy, self.before, self.after = policy.eval(), before, after

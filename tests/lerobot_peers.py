@@ -91,7 +91,9 @@ def record_frames(folder: Path, use_videos: bool, side: int = 32, episodes: int 
     rng = np.random.default_rng(0)
     for episode in range(episodes):
         for _ in range(length):
-            row: dict[str, Any] = {f"observation.images.{name}": rng.integers(0, 256, (side, side, 3), np.uint8) for name in ("top", "hand")}
+            row: dict[str, Any] = {
+                f"observation.images.{name}": rng.integers(0, 256, (side, side, 3), np.uint8) for name in ("top", "hand")
+            }
             row["observation.state"] = rng.normal(episode, 1, 4).astype(np.float32)
             row["action"] = rng.normal(0, 2, 2).astype(np.float32)
             dataset.add_frame(row | {"task": ("fold it", "open it")[episode % 2]})

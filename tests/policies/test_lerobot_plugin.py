@@ -3,7 +3,6 @@
 import importlib
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +16,12 @@ from safetensors.torch import load_file
 
 from triune import UserError
 from triune.config import merge
-from triune.data import ChunkSampler, Observation, open_dataset
+from triune.data import ChunkSampler, Episode, Observation, open_dataset
 from triune.data.writer import DatasetWriter
 from triune.policies import Request, find_checkpoint, load_policy, read_checkpoint, verify
 from triune.policies.train.recipe import run
 
-from ..envs.point_world import PointWorld
+from ..envs.point_world import PointWorld, expert
 from ..lerobot_peers import record_frames
 
 plugin = pytest.importorskip("lerobot_policy_triune", reason="the plugin is not installed: make venv")
@@ -111,7 +110,9 @@ def seen(rows: int, seed: int = 0) -> tuple[dict[str, Any], list[Observation]]:
 def test_what_lerobot_trained_is_a_checkpoint_of_ours(trained: Path, theirs: Path) -> None:
     folder = find_checkpoint(trained)
     assert folder == (trained / "checkpoints" / "000002" / "pretrained_model").resolve()
-    assert {"config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json"} <= {p.name for p in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json"} <= {
+        p.name for p in folder.iterdir()
+    }
     checkpoint, policy = read_checkpoint(trained), load_policy(trained)
     assert len(rows := verify(checkpoint, policy)) == 5 and all(row.passed for row in rows)
     assert load_file(folder / "model.safetensors").keys() == policy.model.trained().keys()
@@ -215,8 +216,158 @@ def test_lerobot_goes_on_with_what_vla_trained(spec: Path, theirs: Path, tmp_pat
     low = open_dataset(more).vectors["action"].min(0)
     np.testing.assert_array_equal(np.float32(new.statistics["action"]["min"]), low)
     assert new.contract.action.normalisation == "min_max"
-    assert all(row.passed for folder in ("kept", "new") for row in verify(read_checkpoint(tmp_path / folder), load_policy(tmp_path / folder)))
+    assert all(
+        row.passed for folder in ("kept", "new") for row in verify(read_checkpoint(tmp_path / folder), load_policy(tmp_path / folder))
+    )
 
 
 def plugin_policy() -> Any:
     return importlib.import_module("lerobot_policy_triune.modeling_triune").TriunePolicy
+
+
+@pytest.fixture
+def point_env(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The point world in the place of the simulators."""
+    module = importlib.import_module("lerobot_policy_triune.environment_triune")
+    monkeypatch.setattr(module, "make_world", lambda name, render, size: PointWorld(name))
+
+
+def test_lerobot_evaluates_in_a_world_what_it_trained_on_our_data(spec: Path, point_env: None, tmp_path: Path) -> None:
+    """Our writer's dataset, 16 px pictures fitted into 32, one step of training, four episodes in two environments at once."""
+    world = PointWorld("point/a")
+    with DatasetWriter(tmp_path / "data", world.contract, 20) as writer:
+        writer.add(world_episode(world))
+    new = {"policy__type": "triune", "policy__spec": spec, "policy__image_size": "[32, 32]", "policy__n_action_steps": 6}
+    lerobot("train", **learning(tmp_path / "data", tmp_path / "run", steps=1, **new))
+    folder = find_checkpoint(tmp_path / "run")
+    lerobot(
+        "eval",
+        policy__path=folder,
+        env__type="triune",
+        env__task="point/a",
+        eval__n_episodes=4,
+        eval__batch_size=2,
+        eval__use_async_envs="false",
+        output_dir=tmp_path / "eval",
+        seed=1_000_000,
+    )
+    told = json.loads((tmp_path / "eval" / "eval_info.json").read_text())
+    assert [task["task_group"] for task in told["per_task"]] == ["triune"]
+    assert len(told["per_task"][0]["metrics"]["successes"]) == 4
+    policy = load_policy(folder)
+    assert (policy.contract.state.names, policy.contract.executed) == (("x", "y"), 6)
+
+
+def world_episode(world: PointWorld) -> Episode:
+    observation, _ = world.reset(seed=1)
+    states, images = [], []
+    actions = np.random.default_rng(0).uniform(-1, 1, (8, 3)).astype(np.float32)
+    for action in actions:
+        states.append(observation["agent_pos"])
+        images.append(observation["pixels"])
+        observation, *_ = world.step(action)
+    pictures = {name: np.stack([image[name] for image in images]) for name in ("agentview", "wrist")}
+    return Episode(pictures, np.stack(states), actions, world.task_description, {"world": world.name, "seed": 1, "success": False})
+
+
+def test_success_ends_an_episode(point_env: None) -> None:
+    config = plugin.TriuneEnv(task="point/a", fps=3)
+    assert config.fps == 20 and config.features["pixels/wrist"].shape == (16, 16, 3)
+    vector = config.create_envs(2)["triune"][0]
+    vector.reset(seed=[1, 2])
+    assert vector.call("_max_episode_steps") == (40, 40) and vector.call("task") == ("point/a", "point/a")
+    assert vector.call("task_description") == ("go to the goal of point/a",) * 2
+    for _ in range(40):
+        goals = [expert(env.unwrapped.privileged()) for env in vector.envs]
+        _, _, ended, cut, info = vector.step(np.float32(goals))
+        if ended[0]:
+            break
+    assert ended[0] and not cut[0] and info["final_info"]["is_success"][0]
+    with pytest.raises(UserError, match="--env.task names the world"):
+        plugin.TriuneEnv()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"spec": None}, "needs a spec: --policy.spec"),
+        ({"spec": "nowhere"}, "there is no model config 'nowhere'"),
+        ({"overrides": []}, "has no camera agentview, wrist (it has top, hand)"),
+        ({"overrides": ["cameras=[top, hand]", "colour=red"]}, "unknown key 'colour'"),
+        ({"n_action_steps": 7}, "a chunk has 6 steps, not 7 that could be executed"),
+        ({"action_normalisation": "quantiles"}, "'quantiles' is unknown"),
+        ({"input_features": {"observation.state": ("STATE", (4,))}}, "have no camera"),
+    ],
+)
+def test_mistakes_are_one_sentence(fields: dict[str, Any], said: str, spec: Path, theirs: Path) -> None:
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+    from lerobot.policies.factory import make_policy
+
+    if "input_features" in fields:
+        fields = {"input_features": {k: PolicyFeature(FeatureType[kind], shape) for k, (kind, shape) in fields["input_features"].items()}}
+    config = plugin.TriuneConfig(**{"spec": str(spec), "overrides": CHANGES, "device": "cpu"} | fields)
+    with pytest.raises(UserError) as error:
+        make_policy(config, ds_meta=LeRobotDatasetMetadata("local/d", root=theirs))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_saved_policy_keeps_its_network(trained: Path, theirs: Path, tmp_path: Path) -> None:
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+
+    folder = find_checkpoint(trained)
+    for option, said in (
+        ('--overrides=["space.heads=8"]', "leave out --policy.overrides"),
+        ("--chunk_size=4", "plans chunks of 6 steps, not 4"),
+    ):
+        with pytest.raises(UserError, match=said):
+            plugin_policy().from_pretrained(folder, config=PreTrainedConfig.from_pretrained(folder, cli_overrides=[option]))
+    longer = PreTrainedConfig.from_pretrained(folder, cli_overrides=["--n_action_steps=5"])
+    assert plugin_policy().from_pretrained(folder, config=longer).acting.contract.executed == 5
+    info = json.loads((theirs / "meta" / "info.json").read_text())
+    info["features"]["action"]["names"] = ["knee", "toe"]
+    shutil.copytree(theirs, tmp_path / "other")
+    (tmp_path / "other" / "meta" / "info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="names is .*pan.* here and .*knee.* there"):
+        plugin_policy().from_pretrained(folder, dataset_meta=LeRobotDatasetMetadata("local/d", root=tmp_path / "other"))
+    with pytest.raises(UserError, match="learns its sizes from a dataset"):
+        plugin_policy()(plugin.TriuneConfig(spec="triune_tiny", device="cpu"))
+
+
+def test_a_hub_id_is_a_folder_of_the_cache(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own code finds a snapshot in its cache without a network; what was saved once is saved again the same."""
+    import huggingface_hub.constants as hub
+
+    cached = tmp_path / "hub" / "models--someone--folding"
+    shutil.copytree(find_checkpoint(trained), cached / "snapshots" / "f0" / "")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("f0")
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    policy = plugin_policy().from_pretrained("someone/folding")
+    assert policy.config.action_delta_indices == list(range(6)) and policy.config.input_features.keys() == {
+        "observation.images.top",
+        "observation.images.hand",
+        "observation.state",
+    }
+    policy.save_pretrained(tmp_path / "again", state_dict=policy.state_dict())
+    first, again = read_checkpoint(trained), read_checkpoint(tmp_path / "again")
+    assert first.manifest == again.manifest
+
+
+def test_golden_pictures_reach_the_hub(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lerobot uploads no pictures, without which a checkpoint is not whole."""
+    from lerobot.policies.pretrained import PreTrainedPolicy
+
+    sent: list[str] = []
+
+    class Hub:
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> None:
+            sent.extend(f"{repo_id}/{p.relative_to(folder_path)}" for p in Path(folder_path).rglob("*") if p.is_file())
+
+    monkeypatch.setattr(importlib.import_module("lerobot_policy_triune.modeling_triune"), "HfApi", Hub)
+    monkeypatch.setattr(PreTrainedPolicy, "push_model_to_hub", lambda *_: sent.append("lerobot's own"))
+    policy = plugin_policy().from_pretrained(find_checkpoint(trained))
+    policy.config.repo_id = "someone/folding"
+    policy.push_model_to_hub(None)
+    assert sent[0] == "lerobot's own" and {"someone/folding/golden/04-hand.png", "someone/folding/manifest.json"} <= set(sent)

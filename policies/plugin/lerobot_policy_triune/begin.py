@@ -9,6 +9,7 @@ from torch import Tensor
 from triune import UserError
 from triune.config import parse
 from triune.data import Contract, Dataset, Observation, Statistics, compute_statistics
+from triune.data.transforms import Affine
 from triune.policies.train.policy import check_spec
 from triune.vla import Model, Spec
 from triune.vla.flow import draw_times
@@ -41,9 +42,9 @@ def fitted(spec: Spec, dataset: Dataset) -> Spec:
     return parse(Spec, tree, spec.name)
 
 
-def statistics(dataset: Dataset) -> dict[str, Statistics]:
+def statistics(dataset: Dataset) -> dict[str, Statistics | Affine]:
     """Of states and actions over all frames, quantiles included."""
-    return compute_statistics(dataset, ("observation.state", "action"))
+    return {**compute_statistics(dataset, ("observation.state", "action"))}
 
 
 def adopted(contract: Contract, kept: dict[str, Any], dataset: Dataset, new: bool) -> tuple[Contract, dict[str, Any]]:

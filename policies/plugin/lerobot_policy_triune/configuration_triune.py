@@ -44,7 +44,7 @@ class TriuneConfig(PreTrainedConfig):
     new_statistics: bool = False
 
     normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=lambda: {kind: NormalizationMode.IDENTITY for kind in ("VISUAL", "STATE", "ACTION")}
+        default_factory=lambda: dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
     )
 
     optimizer_lr: float = 1e-4
@@ -129,7 +129,9 @@ class TriuneConfig(PreTrainedConfig):
             if not there
         ]
         if missing:
-            raise UserError(f"the features have no {' and no '.join(missing)}; a Triune policy needs observation.images.*, observation.state and action")
+            raise UserError(
+                f"the features have no {' and no '.join(missing)}; a Triune policy needs observation.images.*, observation.state and action"
+            )
 
 
 def action_head(spec: Spec) -> str:

@@ -11,23 +11,15 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 
 from triune import UserError
-from triune.envs import make_world, world_names
+from triune.envs import World, make_world, world_names
 
 
 class Stopping(gymnasium.Wrapper):
-    """A world in which success ends an episode, as lerobot's evaluator expects."""
+    """A world in which success ends an episode, as lerobot's evaluator expects, with the words that it asks for."""
 
-    @property
-    def task(self) -> str:
-        return self.env.unwrapped.name
-
-    @property
-    def task_description(self) -> str:
-        return self.env.unwrapped.task_description
-
-    @property
-    def _max_episode_steps(self) -> int:
-        return self.env.unwrapped.max_steps
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.task, self.task_description, self._max_episode_steps = world.name, world.task_description, world.max_steps
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         observation, reward, _, truncated, info = self.env.step(action)
@@ -59,7 +51,7 @@ class TriuneEnv(EnvConfig):
         world = make_world(self.task, render=self.render, size=self.size)
         contract = world.contract
         world.close()
-        self.fps = round(contract.rate or self.fps)
+        self.fps = round(world.rate)
         self.features = {f"pixels/{c.name}": PolicyFeature(FeatureType.VISUAL, (c.height or 0, c.width or 0, 3)) for c in contract.cameras}
         self.features |= {
             "agent_pos": PolicyFeature(FeatureType.STATE, (contract.state.size,)),

@@ -54,6 +54,7 @@ class TriunePolicy(PreTrainedPolicy):
     def __init__(self, config: TriuneConfig, dataset_stats: Any = None, dataset_meta: Any = None) -> None:
         super().__init__(config)
         self.config: TriuneConfig = config
+        self.source: dict[str, str] = {}
         folder = config.folder()
         dataset = None if dataset_meta is None else open_dataset(dataset_meta.root)
         if folder is not None:
@@ -65,6 +66,10 @@ class TriunePolicy(PreTrainedPolicy):
         self.model = self.acting.model
         self.offsets = config.observation_offsets
         contract = self.acting.contract
+        if (contract.executed or 0) > (contract.chunk or 0):
+            raise UserError(
+                f"a chunk has {contract.chunk} steps, not {contract.executed} that could be executed; lower --policy.n_action_steps"
+            )
         config.chunk_size, config.n_action_steps = contract.chunk, contract.executed
         keys = {camera_name(key): key for key in config.image_features}
         config.input_features = features(contract, self.acting.settings, keys)
@@ -72,7 +77,7 @@ class TriunePolicy(PreTrainedPolicy):
         self.reset()
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # of lerobot's options those remain that mean something here
+    def from_pretrained(
         cls,
         pretrained_name_or_path: str | Path,
         *,
@@ -116,7 +121,7 @@ class TriunePolicy(PreTrainedPolicy):
             Settings(resize=None if size is None else Resize(height=size[0], width=size[1])),
         )
         self.statistics = {name: values.model_dump(mode="json") for name, values in found.items()}
-        self.pretrained, self.source, self.golden = references(spec), {}, five_frames(dataset, spec.cameras)
+        self.pretrained, self.golden = references(spec), five_frames(dataset, spec.cameras)
 
     def _open(self, folder: Path, dataset: Dataset | None) -> None:
         """A policy that was saved in ``folder``; ``dataset`` is what it goes on to learn."""
@@ -150,7 +155,7 @@ class TriunePolicy(PreTrainedPolicy):
         loss = terms.pop("loss")
         return loss, {f"{name}_loss": term.item() for name, term in terms.items()}
 
-    def get_optim_params(self) -> list[Tensor]:  # type: ignore[override]  # lerobot says dict, and takes what an optimizer takes
+    def get_optim_params(self) -> list[Tensor]:
         """What learns: not the frozen experts."""
         return list(self.model.trained().values())
 
@@ -208,7 +213,9 @@ class TriunePolicy(PreTrainedPolicy):
         """
         given = [name for name, value in options.items() if value is not None]
         if given:
-            raise UserError(f"a Triune policy in lerobot takes no {', '.join(given)}; its noise follows from torch.manual_seed before reset()")
+            raise UserError(
+                f"a Triune policy in lerobot takes no {', '.join(given)}; its noise follows from torch.manual_seed before reset()"
+            )
         device = self._on_device()
         with torch.inference_mode(False):  # what the model keeps between calls must serve training too
             rate, executed = self.acting.contract.rate or 1.0, self.config.n_action_steps or 1
