@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -256,6 +257,29 @@ def test_lerobot_evaluates_in_a_world_what_it_trained_on_our_data(spec: Path, po
     assert len(told["per_task"][0]["metrics"]["successes"]) == 4
     policy = load_policy(folder)
     assert (policy.contract.state.names, policy.contract.executed) == (("x", "y"), 6)
+    same_rollout(folder, world)
+
+
+def same_rollout(folder: Path, world: PointWorld) -> None:
+    """From the same noise, lerobot's rollout and ours take the same actions to the last bit."""
+    from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.processor import PolicyProcessorPipeline
+    from lerobot.scripts.lerobot_eval import rollout
+
+    theirs, ours = plugin_policy().from_pretrained(folder), load_policy(folder)
+    vector, nothing = plugin.TriuneEnv(task="point/a").create_envs(1)["triune"][0], PolicyProcessorPipeline(steps=[])
+    torch.manual_seed(4)
+    played = rollout(vector, theirs, nothing, nothing, *make_pre_post_processors(theirs.config, str(folder)), seeds=[1])
+    torch.manual_seed(4)
+    ours.reset("s", int(torch.randint(2**31, ())))
+    observation, info = world.reset(seed=1)
+    taken: list[np.ndarray] = []
+    while not info["is_success"] and len(taken) < world.max_steps:
+        for action in ours.act(Request("s", world.observation(observation))).chunk.actions[:6]:
+            if not info["is_success"] and len(taken) < world.max_steps:
+                observation, _, _, _, info = world.step(action)
+                taken.append(action)
+    np.testing.assert_array_equal(played["action"][0].numpy(), np.stack(taken))
 
 
 def world_episode(world: PointWorld) -> Episode:
@@ -285,6 +309,33 @@ def test_success_ends_an_episode(point_env: None) -> None:
     assert ended[0] and not cut[0] and info["final_info"]["is_success"][0]
     with pytest.raises(UserError, match="--env.task names the world"):
         plugin.TriuneEnv()
+
+
+@pytest.mark.slow
+def test_lerobots_commands_run_by_themselves(spec: Path, tmp_path: Path) -> None:
+    """The two commands of the plugin's README, each a process of its own that finds the plugin by its name, in a simulated world."""
+    from triune.envs import make_world
+
+    world = make_world("cubes/lift-red", size=32)
+    observation, _ = world.reset(seed=0)
+    still = np.zeros((9, world.contract.action.size), np.float32)
+    images = {name: np.stack([image] * 9) for name, image in observation["pixels"].items()}
+    with DatasetWriter(tmp_path / "data", world.contract, 20) as writer:
+        writer.add(
+            Episode(images, np.stack([observation["agent_pos"]] * 9), still, world.task_description, {"world": world.name, "seed": 0})
+        )
+    new = {"policy__type": "triune", "policy__spec": spec, "policy__n_action_steps": 6}
+    evaluation = {"policy__path": tmp_path / "run" / "checkpoints" / "last" / "pretrained_model", "env__type": "triune"}
+    evaluation |= {"env__task": "cubes/lift-red", "env__size": 32, "eval__n_episodes": 1, "eval__batch_size": 1, "seed": 1_000_000}
+    for command, said in (
+        ("train", learning(tmp_path / "data", tmp_path / "run", **new)),
+        ("eval", evaluation | {"output_dir": tmp_path / "eval"}),
+    ):
+        options = [f"--{name.replace('__', '.')}={value}" for name, value in said.items()]
+        run = subprocess.run([sys.executable, "-m", f"lerobot.scripts.lerobot_{command}", *options], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-2000:]
+    told = json.loads((tmp_path / "eval" / "eval_info.json").read_text())
+    assert told["overall"]["n_episodes"] == 1 and Path(told["overall"]["video_paths"][0]).stat().st_size > 0
 
 
 @pytest.mark.parametrize(
