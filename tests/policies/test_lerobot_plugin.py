@@ -25,8 +25,6 @@ from triune.policies.train.recipe import run
 from ..envs.point_world import PointWorld, expert
 from ..lerobot_peers import record_frames
 
-plugin = pytest.importorskip("lerobot_policy_triune", reason="the plugin is not installed: make venv")
-
 CAMERAS = ("top", "hand")
 CHANGES = ["cameras=[top, hand]", "heads.future.cameras=[top, hand]"]
 Make = Callable[..., Any]
@@ -43,6 +41,15 @@ def spec(tiny_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("spec") / "probe.yaml"
     file.write_text(yaml.safe_dump(merge(tiny_tree, {"streams": {"obs": {"length": 24}}})))
     return file
+
+
+def plugin() -> Any:
+    """The distribution in policies/plugin, which ``make venv`` installs."""
+    return importlib.import_module("lerobot_policy_triune")
+
+
+def plugin_policy() -> Any:
+    return importlib.import_module("lerobot_policy_triune.modeling_triune").TriunePolicy
 
 
 def lerobot(command: str, **said: Any) -> None:
@@ -85,7 +92,7 @@ def fresh(spec: Path, theirs: Path) -> Make:
         from lerobot.datasets.factory import resolve_delta_timestamps
         from lerobot.policies.factory import make_policy
 
-        config = plugin.TriuneConfig(spec=str(spec), overrides=[*CHANGES, *changes], device="cpu", n_action_steps=3, **fields)
+        config = plugin().TriuneConfig(spec=str(spec), overrides=[*CHANGES, *changes], device="cpu", n_action_steps=3, **fields)
         times = resolve_delta_timestamps(config, LeRobotDatasetMetadata("local/d", root=theirs))
         dataset = LeRobotDataset("local/d", root=theirs, delta_timestamps=times, video_backend="pyav")
         torch.manual_seed(0)
@@ -222,10 +229,6 @@ def test_lerobot_goes_on_with_what_vla_trained(spec: Path, theirs: Path, tmp_pat
     )
 
 
-def plugin_policy() -> Any:
-    return importlib.import_module("lerobot_policy_triune.modeling_triune").TriunePolicy
-
-
 @pytest.fixture
 def point_env(monkeypatch: pytest.MonkeyPatch) -> None:
     """The point world in the place of the simulators."""
@@ -267,7 +270,7 @@ def same_rollout(folder: Path, world: PointWorld) -> None:
     from lerobot.scripts.lerobot_eval import rollout
 
     theirs, ours = plugin_policy().from_pretrained(folder), load_policy(folder)
-    vector, nothing = plugin.TriuneEnv(task="point/a").create_envs(1)["triune"][0], PolicyProcessorPipeline(steps=[])
+    vector, nothing = plugin().TriuneEnv(task="point/a").create_envs(1)["triune"][0], PolicyProcessorPipeline(steps=[])
     torch.manual_seed(4)
     played = rollout(vector, theirs, nothing, nothing, *make_pre_post_processors(theirs.config, str(folder)), seeds=[1])
     torch.manual_seed(4)
@@ -295,7 +298,7 @@ def world_episode(world: PointWorld) -> Episode:
 
 
 def test_success_ends_an_episode(point_env: None) -> None:
-    config = plugin.TriuneEnv(task="point/a", fps=3)
+    config = plugin().TriuneEnv(task="point/a", fps=3)
     assert config.fps == 20 and config.features["pixels/wrist"].shape == (16, 16, 3)
     vector = config.create_envs(2)["triune"][0]
     vector.reset(seed=[1, 2])
@@ -308,7 +311,7 @@ def test_success_ends_an_episode(point_env: None) -> None:
             break
     assert ended[0] and not cut[0] and info["final_info"]["is_success"][0]
     with pytest.raises(UserError, match="--env.task names the world"):
-        plugin.TriuneEnv()
+        plugin().TriuneEnv()
 
 
 @pytest.mark.slow
@@ -357,7 +360,7 @@ def test_mistakes_are_one_sentence(fields: dict[str, Any], said: str, spec: Path
 
     if "input_features" in fields:
         fields = {"input_features": {k: PolicyFeature(FeatureType[kind], shape) for k, (kind, shape) in fields["input_features"].items()}}
-    config = plugin.TriuneConfig(**{"spec": str(spec), "overrides": CHANGES, "device": "cpu"} | fields)
+    config = plugin().TriuneConfig(**{"spec": str(spec), "overrides": CHANGES, "device": "cpu"} | fields)
     with pytest.raises(UserError) as error:
         make_policy(config, ds_meta=LeRobotDatasetMetadata("local/d", root=theirs))
     assert said in str(error.value) and "\n" not in str(error.value)
@@ -383,7 +386,7 @@ def test_a_saved_policy_keeps_its_network(trained: Path, theirs: Path, tmp_path:
     with pytest.raises(UserError, match="names is .*pan.* here and .*knee.* there"):
         plugin_policy().from_pretrained(folder, dataset_meta=LeRobotDatasetMetadata("local/d", root=tmp_path / "other"))
     with pytest.raises(UserError, match="learns its sizes from a dataset"):
-        plugin_policy()(plugin.TriuneConfig(spec="triune_tiny", device="cpu"))
+        plugin_policy()(plugin().TriuneConfig(spec="triune_tiny", device="cpu"))
 
 
 def test_a_hub_id_is_a_folder_of_the_cache(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
