@@ -30,11 +30,12 @@ venv: $(STAMP)
 # The stamp is newer than what it was made from, so a second `make venv` does nothing.
 # opencv-python (robosuite asks for it) and opencv-python-headless (lerobot asks for it) own the same files: the
 # headless one goes last, because it needs neither libGL nor a display.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml policies/plugin/pyproject.toml constraints.txt
 	@.ci/libraries || true
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: install Python 3.12, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "creating $(VENV) (some minutes, about 7 GB)"; $(PYTHON) -m venv $(VENV); }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[all,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable policies/plugin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --force-reinstall --no-deps opencv-python-headless
 	@mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/triune
 	@touch $@

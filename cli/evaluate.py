@@ -45,6 +45,8 @@ def judge(
     """Evaluate with a progress bar, write the report into ``out``, and return the results."""
     from ..eval import EXPERT, write_report
     from ..eval import evaluate as run
+    from ..policies import find_checkpoint
+    from ..policies.lerobot import is_lerobot
 
     with progress_bar("episodes") as progress:
         results = run(
@@ -57,7 +59,7 @@ def judge(
             overrides=overrides,
             on_episode=lambda _, done, total: progress(done, total),
         )
-    if policy == EXPERT:
+    if policy == EXPERT or is_lerobot(find_checkpoint(policy)):
         write_report(out, beside=beside)
     else:
         write_report(out, graph_svg=_graph(policy), provenance=_training_of_weights(policy), beside=beside)

@@ -19,7 +19,7 @@ class Camera(Strict):
 
 
 class Vector(Strict):
-    """State or action: one entry of ``names`` per dimension."""
+    """State or action: one entry of ``names`` per dimension. Names that only count, ``state_0`` and on, are unknown ones."""
 
     names: tuple[str, ...]
     units: tuple[str, ...] | None = None
@@ -67,6 +67,7 @@ class Contract(Strict):
                 sizes = f"{mine.size} dimensions ({', '.join(mine.names)}) here and {yours.size} ({', '.join(yours.names)}) there"
                 found.append(f"{part} has {sizes}")
             else:
+                mine, yours = (_known(part, vector) for vector in (mine, yours))
                 found += _differences(part, mine, yours, ("names", "units", "frame", "rotation", "gripper", "mode"))
         return found + _differences("contract", self, other, ("rate", "render"))
 
@@ -80,6 +81,12 @@ class Contract(Strict):
         if found:
             mend = f"Give {mine} what it was made for, or make {mine} anew from data of {yours}"
             raise UserError(f"{mine} does not fit {yours}: {'; '.join(found)}. {mend}")
+
+
+def _known(part: str, vector: Vector) -> Vector:
+    """``vector`` without names that only count."""
+    counted = vector.names == tuple(f"{part}_{i}" for i in range(vector.size))
+    return vector.model_copy(update={"names": None}) if counted else vector
 
 
 def _differences(where: str, a: Strict, b: Strict, fields: tuple[str, ...]) -> list[str]:

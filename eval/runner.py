@@ -18,6 +18,7 @@ from ..envs import make_world
 from ..envs.vector import WorldPool
 from ..errors import UserError
 from ..policies import Policy, find_checkpoint, load_policy
+from ..policies.lerobot import is_lerobot, load_lerobot
 from .controls import Change, Control
 from .episodes import Job, Ledger, Row
 from .film import Cinema
@@ -26,7 +27,6 @@ from .rollout import rollout
 from .statistics import wilson
 from .suite import EVALUATION, Suite, check_seeds, load_suite, suite_name
 
-MANIFEST = "manifest.json"  # of a checkpoint: names every file with its sha256
 EXPERT = "expert"  # the policy name under which the worlds' scripted experts act
 Cuts = tuple[tuple[str, str], ...]
 OnEpisode = Callable[[Row, int, int], None]
@@ -59,7 +59,7 @@ def evaluate(
 
     Args:
         suite: name in ``configs/suite/``, or path of a YAML file.
-        policy: checkpoint folder, or ``expert`` for the scripted experts of the worlds.
+        policy: checkpoint folder, ours or lerobot's, or ``expert`` for the scripted experts of the worlds.
         out: folder for ``results.json``, ``episodes.jsonl``, ``videos/`` and ``foresight/``.
         episodes: per task, instead of the suite's numbers.
         seed: first seed; episode i of each task has seed ``seed + i``.
@@ -75,10 +75,15 @@ def evaluate(
     spec = load_suite(suite, overrides)
     checkpoint = None if policy == EXPERT else find_checkpoint(policy)
     controls = {} if policy == EXPERT else spec.controls
+    cutting = [name for name, control in controls.items() if control.cut is not None]
+    if checkpoint is not None and is_lerobot(checkpoint) and cutting:
+        raise UserError(
+            f"{policy} is a policy of lerobot, which has no edges to cut; drop the control '{cutting[0]}' (controls=null drops all)"
+        )
     check_seeds(seed, max(spec.count(task, None, episodes) for task in spec.tasks))
     facts = {task: _facts(spec, task) for task in spec.tasks}
     acting = None if checkpoint is None else _load(checkpoint, (), spec, facts)
-    fingerprint = None if checkpoint is None else sha256(checkpoint / MANIFEST)
+    fingerprint = None if checkpoint is None else sha256(checkpoint / identity_file(checkpoint))
     _claim(out, spec, suite, fingerprint)
     ledger = Ledger(out / "episodes.jsonl")
     batches = _batches(spec, controls, checkpoint, facts, seed, episodes)
@@ -184,10 +189,15 @@ def _facts(spec: Suite, task: str) -> Facts:
 
 
 def _load(path: Path, cuts: Cuts, spec: Suite, facts: dict[str, Facts]) -> Policy:
-    policy = load_policy(path, cuts=cuts)
+    policy: Policy = load_lerobot(path) if is_lerobot(path) else load_policy(path, cuts=cuts)
     for task in spec.tasks:
         policy.contract.require(facts[task].contract, f"policy {path}", f"world {spec.world(task)}")
     return policy
+
+
+def identity_file(checkpoint: Path) -> str:
+    """The file whose hash tells checkpoints apart: the manifest names every other one with its own; lerobot has only weights."""
+    return "model.safetensors" if is_lerobot(checkpoint) else "manifest.json"
 
 
 def _batches(

@@ -7,6 +7,7 @@
 ``policy.json``        versions, weights references with their sha256, settings of the policy
 ``golden/``            observations, noise keys and the actions they gave: what is served is what was trained
 ``manifest.json``      sha256 of every file above
+``config.json``        and ``policy_preprocessor.json``, ``policy_postprocessor.json``: lerobot opens the folder by them
 """
 
 import json
@@ -27,10 +28,18 @@ from ..data.files import sha256, write_file
 from ..errors import UserError
 from ..vla.weights import Reference, resolve_reference
 from .base import Policy, Request
+from .lerobot import BESIDE, is_lerobot, lerobot_files
 from .tuning import Tuning
 
 MANIFEST = "manifest.json"
 PARTS = ("spec.yaml", "contract.json", "statistics.json", "policy.json", "model.safetensors")
+LAST = (
+    "checkpoints/last",
+    "last",
+    "checkpoints/last/pretrained_model",
+    "last/pretrained_model",
+    "pretrained_model",
+)  # the latter lerobot's
 MIN_GOLDEN = 4
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # largest difference, relative to the largest golden action
 MEND = "copy the checkpoint again from where it came, or train it anew"
@@ -233,6 +242,8 @@ def write_checkpoint(
     write_file(folder / "statistics.json", json.dumps(dict(statistics), indent=2, allow_nan=False))
     write_file(folder / "policy.json", info.model_dump_json(indent=2))
     save_file(dict(weights), folder / "model.safetensors")
+    for name, text in lerobot_files().items():
+        write_file(folder / name, text)
     seal(folder)
 
 
@@ -267,9 +278,9 @@ def write_golden(folder: Path, policy: Policy, observations: Sequence[Observatio
 
 
 def seal(folder: Path) -> None:
-    """Write ``manifest.json`` over everything in ``folder`` but the training state."""
+    """Write ``manifest.json`` over everything in ``folder`` but the training state and what is lerobot's."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    files = {name: sha256(folder / name) for name in names if name != MANIFEST and not name.startswith("training/")}
+    files = {name: sha256(folder / name) for name in names if name != MANIFEST and not name.startswith(("training/", *BESIDE))}
     write_file(folder / MANIFEST, Manifest(files=files).model_dump_json(indent=2))
 
 
@@ -280,6 +291,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         UserError: there is no checkpoint, or a file of it is missing, cut off or changed.
     """
     folder = find_checkpoint(path)
+    if is_lerobot(folder):
+        raise UserError(
+            f"{folder} is a policy of lerobot: it acts here as it is, but for this turn it into a checkpoint by vla model convert"
+        )
     manifest = _read(folder, MANIFEST, Manifest)
     for name in PARTS:
         if name not in manifest.files:
@@ -297,7 +312,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The policy checkpoint at ``path``: the folder itself, or the last one of a run folder.
+    """The policy checkpoint at ``path``: the folder itself, or the last one of a run folder; it may be a policy of lerobot.
 
     Raises:
         UserError: there is none; the message says what is there instead.
@@ -307,10 +322,12 @@ def find_checkpoint(path: str | Path) -> Path:
         raise UserError(f"there is no checkpoint {given}; give a checkpoint folder or a run folder, such as runs/<recipe>")
     if not given.is_dir():
         raise UserError(f"{given} is a file, not a checkpoint; give the folder that holds policy.json, or the run's folder")
-    for folder in (given, given / "checkpoints" / "last", given / "last"):
+    for folder in (given, *(given / place for place in LAST)):
         if (folder / "policy.json").is_file() or (folder / MANIFEST).is_file():
             if not (folder / MANIFEST).is_file():
                 raise UserError(f"{folder} has no {MANIFEST}, so it was not copied whole; {MEND}")
+            return folder.resolve()
+        if is_lerobot(folder):
             return folder.resolve()
     if (given / "recipe.yaml").is_file():
         way_out = f"finish it with vla train ... --out {given} --resume, or give the run of a policy recipe"

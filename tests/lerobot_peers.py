@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,3 +74,29 @@ def smol_fill(network: Any) -> None:
     torch.manual_seed(0)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+
+
+def record_frames(folder: Path, use_videos: bool, side: int = 32, episodes: int = 3, length: int = 9) -> Path:
+    """A dataset of noise that lerobot's own recorder writes: cameras and joints with names of its own, two instructions."""
+    from lerobot.datasets import LeRobotDataset
+
+    image = {"dtype": "video" if use_videos else "image", "shape": (side, side, 3), "names": ["height", "width", "channel"]}
+    features = {
+        "observation.images.top": image,
+        "observation.images.hand": image,
+        "observation.state": {"dtype": "float32", "shape": (4,), "names": ["pan", "lift", "elbow", "jaw"]},
+        "action": {"dtype": "float32", "shape": (2,), "names": {"motors": ["pan", "lift"]}},
+    }
+    dataset = LeRobotDataset.create("local/theirs", 10, features, root=folder, use_videos=use_videos, video_backend="pyav")
+    rng = np.random.default_rng(0)
+    for episode in range(episodes):
+        for _ in range(length):
+            row: dict[str, Any] = {
+                f"observation.images.{name}": rng.integers(0, 256, (side, side, 3), np.uint8) for name in ("top", "hand")
+            }
+            row["observation.state"] = rng.normal(episode, 1, 4).astype(np.float32)
+            row["action"] = rng.normal(0, 2, 2).astype(np.float32)
+            dataset.add_frame(row | {"task": ("fold it", "open it")[episode % 2]})
+        dataset.save_episode()
+    dataset.finalize()
+    return folder

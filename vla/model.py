@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from .experts import Bridge, Decoder, Expert, PretrainedVLM
-from .flow import flow_loss, interpolate, table
+from .flow import draw_times, flow_loss, interpolate, table
 from .foresight import LatentForesight
 from .graph import Graph
 from .heads import FlowCodec, StateEncoder, mlp
@@ -200,6 +200,22 @@ class Model(nn.Module):
         if head in self.spec.flows:
             return self.codec(head).velocity(hidden)
         return self.foresight[head].predict(hidden, inputs.latents)
+
+    def draw(self, rows: int, generator: torch.Generator | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Noise (B, T, X) and time (B, T) of every flow for ``rows`` samples in training, drawn on the CPU: the same on any device. The
+        steps of a chunk that are settled before carry t = 1."""
+        noise: dict[str, Tensor] = {}
+        time: dict[str, Tensor] = {}
+        device, shapes = next(self.parameters()).device, self.flow_shapes()
+        for name in self.spec.flows:
+            head, (length, size) = self.spec.flow(name), shapes[name]
+            noise[name] = torch.randn(rows, length, size, generator=generator).to(device)
+            drawn = draw_times((rows, 1), head, generator).expand(rows, length)
+            if isinstance(head, FlowHead) and head.prefix:
+                settled = torch.randint(0, head.prefix + 1, (rows, 1), generator=generator)
+                drawn = torch.where(torch.arange(length) < settled, 1.0, drawn)
+            time[name] = drawn.to(device)
+        return noise, time
 
     def losses(
         self,

@@ -22,7 +22,6 @@ from ...errors import UserError
 from ...vla import Inputs, Spec
 from ...vla import build as build_model
 from ...vla.engine import infer
-from ...vla.flow import draw_times
 from ...vla.foresight import LatentForesight
 from ...vla.inputs import Targets
 from ...vla.mot import KV
@@ -173,7 +172,7 @@ class PolicyTask:
         part = batch["part"]
         inputs, targets = self._inputs(batch), Targets(batch["actions"], batch["mask"], batch["future"])
         generator = torch.Generator().manual_seed(step_seed(self.recipe.train.seed, part.step))
-        noise, time = self._noise(targets, generator, self.recipe.train.batch_size)
+        noise, time = self.module.draw(self.recipe.train.batch_size, generator)
         shares = self._shares(time, batch.get("whole"), part)
         mine = part.rows(self.recipe.train.batch_size)
         noise, time = ({n: t[mine] for n, t in drawn.items()} for drawn in (noise, time))
@@ -199,7 +198,7 @@ class PolicyTask:
             batch = to_device(batch, self.device)
             inputs, targets = self._inputs(batch), Targets(batch["actions"], batch["mask"], batch["future"])
             generator = torch.Generator().manual_seed(step_seed(number, 3))
-            noise, time = self._noise(targets, generator, len(drawn["index"]))
+            noise, time = self.module.draw(len(drawn["index"]), generator)
             for name, value in self.module.losses(inputs, targets, noise, time).items():
                 sums[f"held_out_{name}"] = sums.get(f"held_out_{name}", 0) + value.float() / self.recipe.validation_batches
             found = infer(self.module, inputs, noise).actions
@@ -277,21 +276,6 @@ class PolicyTask:
         if self.settings.resize is None:
             return torch.cat(varied, dim=1).permute(0, 1, 4, 2, 3)
         return torch.cat([self.settings.resize(view.permute(0, 1, 4, 2, 3)) for view in varied], dim=1)
-
-    def _noise(self, targets: Targets, generator: torch.Generator, rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Noise and time of every flow for a whole batch of ``rows``; the steps of a chunk that are settled before carry t = 1."""
-        noise: dict[str, Tensor] = {}
-        time: dict[str, Tensor] = {}
-        device = targets.actions.device
-        for name in self.spec.flows:
-            head, (length, size) = self.spec.flow(name), self.module.flow_shapes()[name]
-            noise[name] = torch.randn(rows, length, size, generator=generator).to(device)
-            drawn = draw_times((rows, 1), head, generator).expand(rows, length)
-            if isinstance(head, FlowHead) and head.prefix:
-                settled = torch.randint(0, head.prefix + 1, (rows, 1), generator=generator)
-                drawn = torch.where(torch.arange(length) < settled, 1.0, drawn)
-            time[name] = drawn.to(device)
-        return noise, time
 
     def _shares(self, time: dict[str, Tensor], whole: Tensor | None, part: Part) -> dict[str, float]:
         """Flow -> what its mean over this part must be multiplied by, so that the mean of all parts is the mean of the batch: a part

@@ -37,6 +37,16 @@ def test_contract_of_others_says_what_is_unknown(make_dataset: MakeDataset, cont
     assert dataset.episodes[0].meta == {}
 
 
+def test_numbered_names_are_unknown(contract: Contract) -> None:
+    """Who knows nothing of a state's dimensions numbers them, which is no conflict; the number of them is."""
+    nameless = contract.state.model_copy(update={"names": ("state_0", "state_1", "state_2")})
+    assert not contract.conflicts(contract.model_copy(update={"state": nameless}))
+    other = contract.state.model_copy(update={"names": ("x", "y", "yaw")})
+    assert "state: names" in contract.conflicts(contract.model_copy(update={"state": other}))[0]
+    shorter = contract.state.model_copy(update={"names": ("state_0",)})
+    assert "3 dimensions" in contract.conflicts(contract.model_copy(update={"state": shorter}))[0]
+
+
 def test_lerobots_own_dataset(tmp_path: Path) -> None:
     """Names as mappings, scalar features, channel-first shapes: what other recorders write."""
     from lerobot.datasets import LeRobotDataset

@@ -75,7 +75,7 @@ class LatentForesight(nn.Module):
         return present + out
 
     @torch.no_grad()
-    def encode(self, images: UInt8[Tensor, "B V 3 Y X"]) -> Float[Tensor, "B T P"]:
+    def encode(self, images: UInt8[Tensor, "B V 3 Y X"] | Float[Tensor, "B V 3 Y X"]) -> Float[Tensor, "B T P"]:
         """Target patches of the cameras' frames, normalised per latent channel.
 
         Raises:
