@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from triune.envs.view import DEFAULT, View
 from triune.errors import UserError
 from triune.eval.controls import blank_images, give_instruction
 from triune.eval.episodes import Job, Ledger, Row, read_rows, slug
@@ -111,9 +112,9 @@ def test_of_a_control_one_episode_is_filmed(tmp_path: Path) -> None:
 
 def test_a_replay_that_differs_is_said(tmp_path: Path) -> None:
     class Drifting(FakePool):
-        def reset(self, slot: int, world: str, seed: int, render: str = "fast", size: int = 96) -> None:
+        def reset(self, slot: int, world: str, seed: int, view: View = DEFAULT) -> None:
             again = self.seeds.get(slot) == seed
-            super().reset(slot, world, seed, render, size)
+            super().reset(slot, world, seed, view)
             self.worlds[slot].goals["red"] += 9 * again
 
     rows = list(rollout(jobs(2), FakePolicy(), Drifting(), Cinema(tmp_path, 2, 0)))
