@@ -27,8 +27,8 @@ if sys.platform == "linux":  # no display is needed; must be set before mujoco i
 class Painter:
     """Renders images of one MuJoCo model.
 
-    A graphics context is made at the first image of each size, so a world that is never looked at needs none, and it is
-    made in the process that uses it.
+    The graphics context is made at the first image, so a world that is never looked at needs none, and it is made in
+    the process that uses it. Images of all sizes are drawn into its one buffer.
 
     Args:
         model: ``mujoco.MjModel``. Camera poses, colours and materials may be changed at any time and show in the next image.
@@ -48,7 +48,7 @@ class Painter:
         self.profile = profile
         self._groups = groups
         self._sites = sites
-        self._renderers: dict[tuple[int, int], Any] = {}
+        self._opened: Any = None
         self._option: Any = None
 
     def image(self, data: Any, camera: str, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -78,16 +78,26 @@ class Painter:
         return np.where(kind == mujoco.mjtObj.mjOBJ_GEOM, found, -1)
 
     def close(self) -> None:
-        """Free the graphics contexts; left to the interpreter's exit, EGL prints errors."""
-        for renderer in self._renderers.values():
-            renderer.close()
-        self._renderers.clear()
+        """Free the graphics context; left to the interpreter's exit, EGL prints errors."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
 
     def _renderer(self, size: tuple[int, int]) -> Any:
-        """The renderer of images of a size, (height, width), made where there is none yet."""
-        if size not in self._renderers:
-            self._renderers[size] = self._open(*size)
-        return self._renderers[size]
+        """The ``mujoco.Renderer``, set to images of a size, (height, width).
+
+        A renderer of its own for each size would load the model's meshes and textures again: 0.8 s and 140 MB for a robosuite world.
+        What its size decides is the viewport; the buffer is as large as the model says.
+        """
+        import mujoco
+
+        (height, width), buffer = size, self.model.vis.global_
+        if height > buffer.offheight or width > buffer.offwidth:
+            self.close()
+        if self._opened is None:
+            self._opened = self._open(height, width)
+        self._opened._height, self._opened._width, self._opened._rect = height, width, mujoco.MjrRect(0, 0, width, height)
+        return self._opened
 
     def _open(self, height: int, width: int) -> Any:
         import mujoco
