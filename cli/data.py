@@ -7,8 +7,6 @@ import typer
 
 from .output import duration, print_json, print_table, progress_bar
 
-SMALLEST = 16  # pixels a side
-
 app = typer.Typer(name="data", no_args_is_help=True, help="Record and inspect datasets.")
 
 
@@ -31,10 +29,10 @@ def record(
     """Record demonstrations of a world's scripted expert as a LeRobotDataset."""
     from ..envs.record import record as record_episodes
     from ..envs.scenes import record_scenes
-    from ..envs.view import choose
+    from ..envs.view import choose, read_size
     from ..errors import UserError
 
-    pixels = _size(size)
+    pixels = read_size(size)
     with progress_bar(world) as progress:
         if world.startswith("scenes:"):
             if not isinstance(pixels, int) or cameras is not None or rate is not None:
@@ -55,16 +53,6 @@ def record(
                 progress=progress,
             )
     print(f"dataset: {out}")
-
-
-def _size(text: str) -> int | tuple[int, int]:
-    """``96``, or ``120x160``: height and width."""
-    from ..errors import UserError
-
-    sides = [int(side) for side in text.split("x") if side.isdecimal()]
-    if len(sides) != text.count("x") + 1 or len(sides) > 2 or min(sides) < SMALLEST:
-        raise UserError(f"--size {text} is no size in pixels of {SMALLEST} or more; write 96, or height and width as 120x160")
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
 @app.command()

@@ -12,6 +12,8 @@ CAMERAS = ("agentview", "wrist")
 """The cameras that every world has, and what is seen where nothing else is asked for."""
 SIDE = 96
 """Height and width of an image in pixels where nothing else is asked for."""
+SMALLEST = 16
+"""Fewest pixels of a side that users may ask for: with less nothing can be told apart."""
 
 Profile = Literal["fast", "default"]
 """How images are drawn; see ``envs.render``."""
@@ -97,8 +99,21 @@ def choose(
         raise UserError(f"size names camera {', '.join(strange)}, but the cameras are {', '.join(names)}")
     shots = tuple(Shot(name, *_pixels(sizes.get(name), known.get(name))) for name in names)
     if like is not None:
-        rate, render = rate or like.rate, render or like.render
-    return View(shots, rate, render or DEFAULT.render)
+        rate, render = like.rate if rate is None else rate, like.render if render is None else render
+    return View(shots, rate, DEFAULT.render if render is None else render)
+
+
+def read_size(value: object) -> Size:
+    """A size as users write it: ``96``, or height and width as ``120x160`` or ``[120, 160]``.
+
+    Raises:
+        UserError: it is none of these, or a side has fewer than ``SMALLEST`` pixels.
+    """
+    sides = value.split("x") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    pixels = [int(str(side)) for side in sides if str(side).isdecimal()]
+    if not 1 <= len(pixels) == len(sides) <= 2 or min(pixels) < SMALLEST:
+        raise UserError(f"{value} is no size of {SMALLEST} pixels or more; write 96, or height and width as 120x160")
+    return pixels[0] if len(pixels) == 1 else (pixels[0], pixels[1])
 
 
 def describe(contract: Contract) -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..config import Strict, find, load
+from ..envs.view import Size, read_size
 from ..errors import UserError
 from .controls import Control
 
-Side = Annotated[int, Field(ge=16)]
-Size = Side | tuple[Side, Side]
 TRAINING, DEVELOPMENT, EVALUATION = 0, 500_000, 1_000_000  # first seed of each range
 
 
@@ -62,6 +60,16 @@ class Suite(Strict):
     slots: int = Field(default=8, ge=1)
     settle: int = Field(default=10, ge=0)
     videos: Videos = Videos()
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _sizes(cls, value: object) -> object:
+        try:
+            if isinstance(value, dict):
+                return {camera: read_size(size) for camera, size in value.items()}
+            return None if value is None else read_size(value)
+        except UserError as error:
+            raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
     def _known_tasks(self) -> "Suite":

@@ -231,8 +231,8 @@ MISTAKES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
         ["data", "record", "metaworld/push-v3", "--episodes", "1", "--out", "d", "--rate", "10"],
         "world metaworld/push-v3 runs at 80 Hz and at no other rate, so not at 10",
     ),
-    "size that is none": (["data", "record", "cubes/lift-red", "--episodes", "1", "--out", "d", "--size", "96x"], "--size 96x is no size"),
-    "size too small": (["data", "record", "cubes/lift-red", "--episodes", "1", "--out", "d", "--size", "8"], "--size 8 is no size"),
+    "size that is none": (["data", "record", "cubes/lift-red", "--episodes", "1", "--out", "d", "--size", "96x"], "96x is no size"),
+    "size too small": (["data", "record", "cubes/lift-red", "--episodes", "1", "--out", "d", "--size", "8"], "8 is no size of 16 pixels"),
     "scenes at a rate": (
         ["data", "record", "scenes:cubes", "--episodes", "1", "--out", "d", "--rate", "10"],
         "scenes:cubes are square pictures of agentview and wrist",

@@ -114,8 +114,10 @@ def test_unknown_sizes_and_rates_are_the_defaults(tmp_path: Path) -> None:
 
 
 def test_a_size_in_a_suite_must_be_one(tmp_path: Path) -> None:
-    for wrong in (8, [96], "96x96", {"wrist": [96, 3]}):
-        with pytest.raises(UserError, match="size"):
+    assert [runner.load_suite(suite(tmp_path, size=size)).size for size in (96, "96x64", [96, 64])] == [96, (96, 64), (96, 64)]
+    assert runner.load_suite(suite(tmp_path, size={"wrist": "96x64", "agentview": 32})).size == {"wrist": (96, 64), "agentview": 32}
+    for wrong in (8, [96, 96, 96], "96x", "96x-3", True, {"wrist": [96, 3]}, 96.5):
+        with pytest.raises(UserError, match=r"suite.yaml: 'size': .* is no size of 16 pixels or more; write 96, or"):
             runner.load_suite(suite(tmp_path, size=wrong))
 
 
