@@ -41,9 +41,9 @@ def check_world(name: str, view: View = DEFAULT, make: Callable[[str, View], Wor
 
 
 def another_view(name: str) -> View:
-    """Three cameras, the last that a world offers first, with sizes of their own; half the control rate, where the world allows that."""
-    cameras = tuple(reversed(camera_names(name)))[:3]
-    shots = tuple(Shot(camera, *size) for camera, size in zip(cameras, ((40, 56), (32, 32), (64, 24)), strict=True))
+    """Up to three cameras, the last that a world offers first, each with a size of its own; half the control rate, where it allows that."""
+    sizes = ((40, 56), (32, 32), (64, 24))
+    shots = tuple(Shot(camera, *size) for camera, size in zip(reversed(camera_names(name)), sizes, strict=False))
     with build_world(name) as world:
         half = View(shots, world.rate / 2)
     try:
