@@ -23,17 +23,24 @@ def record(
     pushes: Annotated[float, typer.Option(min=0, max=1, help="Chance per step of a random push, from which the expert recovers.")] = 0.0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that simulate.")] = 2,
     keep_failures: Annotated[bool, typer.Option("--all", help="Keep failed episodes too.")] = False,
-    size: Annotated[int, typer.Option(min=16, help="Height and width of the images in pixels.")] = 96,
+    size: Annotated[str, typer.Option(metavar="SIDE|HxW", help="Pixels of the images: 96, or height and width as 120x160.")] = "96",
+    cameras: Annotated[str | None, typer.Option(metavar="A,B,...", help="Cameras of the world; agentview,wrist unless given.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0, help="Control rate in Hz; the world's own unless given.")] = None,
     render: Annotated[str, typer.Option(help="Render profile: fast (no shadows, no reflections) or default.")] = "fast",
     video: Annotated[bool, typer.Option("--video", help="Store AV1 video instead of PNG: smaller, no longer bit for bit.")] = False,
 ) -> None:
     """Record demonstrations of a world's scripted expert as a LeRobotDataset."""
     from ..envs.record import record as record_episodes
     from ..envs.scenes import record_scenes
+    from ..envs.view import choose, read_size
+    from ..errors import UserError
 
+    pixels = read_size(size)
     with progress_bar(world) as progress:
         if world.startswith("scenes:"):
-            record_scenes(world, episodes, out, seed=seed, workers=workers, size=size, progress=progress)
+            if not isinstance(pixels, int) or cameras is not None or rate is not None:
+                raise UserError(f"{world} are square pictures of agentview and wrist; give one side as --size, no --cameras and no --rate")
+            record_scenes(world, episodes, out, seed=seed, workers=workers, size=pixels, progress=progress)
         else:
             record_episodes(
                 world,
@@ -44,8 +51,7 @@ def record(
                 pushes=pushes,
                 workers=workers,
                 keep_failures=keep_failures,
-                render=render,
-                size=size,
+                view=choose(render=render, size=pixels, cameras=None if cameras is None else cameras.split(","), rate=rate),
                 video=video,
                 progress=progress,
             )

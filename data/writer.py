@@ -146,6 +146,7 @@ class DatasetWriter:
             raise UserError(f"{self.path} was recorded at {info['fps']} frames per second, not {self.fps}; record into another folder")
         if stored is not None:
             self.contract.require(stored, "the recording", str(self.path))
+            stored.require(self.contract, str(self.path), "the recording")
         self._count = int(info["total_episodes"])
         last = [row for row in read_episode_rows(self.path) if row["episode_index"] == self._count - 1][-1]
         for tail, name in ((self._data, "data"), (self._episodes, "meta/episodes")):

@@ -1,6 +1,6 @@
 """One checker for every world: does it keep the promises of ``envs/base.py``?
 
-``python -m triune.envs.check [name ...]`` checks worlds by name, all of them by default.
+``python -m triune.envs.check [name ...]`` checks worlds by name, all of them by default: as they are, and in ``another_view``.
 """
 
 import json
@@ -8,14 +8,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from gymnasium.utils.env_checker import check_env
 
 from ..errors import UserError
 from .base import World
-from .registry import make_expert, make_world, world_names
+from .registry import build_world, camera_names, make_expert, world_names
+from .view import DEFAULT, Shot, View
 
 PROPRIOCEPTION = ("eef_", "rot6d_", "gripper", "joint_")
 """How names of state dimensions may begin: what a robot knows of itself."""
@@ -23,20 +23,44 @@ STEPS = 5
 SEED = 500_000
 
 
-def check_world(name: str, make: Callable[[str], World] = make_world) -> list[str]:
-    """What the world of that name breaks, one sentence each; empty when it keeps every promise.
+def check_world(name: str, view: View = DEFAULT, make: Callable[[str, View], World] = build_world) -> list[str]:
+    """What the world of that name breaks when it is seen so, one sentence each; empty when it keeps every promise.
 
-    Checked: gymnasium's ``check_env`` without warnings; bit for bit the same rollout (states and pixels) from the same
-    seed, after another episode, in a second instance, and whether or not privileged state was asked for; distinct starts
-    for distinct seeds; success as a bool at every step and no early end; an instruction; observations inside their
-    space, of pixels and proprioception alone; ``step_chunk`` equal to steps; an expert whose actions are legal.
+    Checked: the cameras, sizes, rate and profile that were asked for; gymnasium's ``check_env`` without warnings; bit for
+    bit the same rollout (states and pixels) from the same seed, after another episode, in a second instance, and whether
+    or not privileged state was asked for; distinct starts for distinct seeds; success as a bool at every step and no early
+    end; an instruction; observations inside their space, of pixels and proprioception alone; ``step_chunk`` equal to steps;
+    an expert whose actions are legal.
     """
-    world, other = make(name), make(name)
+    world, other = make(name, view), make(name, view)
     try:
-        return [f"{name}: {problem}" for problem in _problems(world, other)]
+        return [f"{name}: {problem}" for problem in (*_view(world, view), *_problems(world, other))]
     finally:
         world.close()
         other.close()
+
+
+def another_view(name: str) -> View:
+    """Up to three cameras, the last that a world offers first, each with a size of its own; half the control rate, where it allows that."""
+    sizes = ((40, 56), (32, 32), (64, 24))
+    shots = tuple(Shot(camera, *size) for camera, size in zip(reversed(camera_names(name)), sizes, strict=False))
+    with build_world(name) as world:
+        half = View(shots, world.rate / 2)
+    try:
+        build_world(name, half).close()
+    except UserError:
+        return View(shots)
+    return half
+
+
+def _view(world: World, view: View) -> Iterator[str]:
+    shots = tuple(Shot(camera.name, camera.height or 0, camera.width or 0) for camera in world.contract.cameras)
+    if shots != view.shots:
+        yield f"its contract has {shots} where {view.shots} were asked for"
+    if view.rate is not None and world.rate != view.rate:
+        yield f"it runs at {world.rate} Hz where {view.rate} were asked for"
+    if world.contract.render != view.render:
+        yield f"its render profile is {world.contract.render} where {view.render} was asked for"
 
 
 def _problems(world: World, other: World) -> Iterator[str]:
@@ -132,8 +156,9 @@ def _expert(world: World) -> Iterator[str]:
         yield f"its expert's action {action} is outside the action space"
     if not np.array_equal(action, expert(world.privileged())):
         yield "its expert answers the same state differently"
-    if not {"cameras", "gripper"} <= set(world.privileged()):
-        yield "its privileged state lacks cameras or gripper"
+    known = world.privileged()
+    if not {"cameras", "gripper"} <= set(known) or set(known["cameras"]) != set(world.contract.camera_names):
+        yield "its privileged state lacks gripper, or cameras as its contract has them"
 
 
 def _rollout(world: World, seed: int, spy: bool = False) -> dict[str, list[bytes]]:
@@ -175,7 +200,7 @@ def main(names: list[str]) -> int:
     """Check worlds and print one line each; returns how many break a promise."""
     broken = 0
     for name in names or world_names():
-        problems: list[Any] = check_world(name)
+        problems = [*check_world(name), *check_world(name, another_view(name))]
         broken += bool(problems)
         print("\n".join(problems) if problems else f"{name}: ok", flush=True)
     return broken

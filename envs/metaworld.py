@@ -1,8 +1,9 @@
 """Worlds of Meta-World: all 50 v3 tasks of a Sawyer arm, end-effector deltas at 80 Hz.
 
 ``agentview`` is Meta-World's ``corner2`` camera moved to where LeRobot has it and turned upright; ``wrist`` is its
-``gripperPOV``. Starts and goals are drawn from the seed over the task's whole range, and the goal is in the experts'
-observation: the package's own ``gym.make`` ignores ``reset(seed=)`` and knows 50 starts.
+``gripperPOV``, ``sideview`` its ``corner`` turned upright, which looks from the other side of the table. Starts and goals are
+drawn from the seed over the task's whole range, and the goal is in the experts' observation: the package's own ``gym.make``
+ignores ``reset(seed=)`` and knows 50 starts.
 """
 
 import warnings
@@ -11,10 +12,17 @@ from typing import Any
 import numpy as np
 
 from ..data import Camera, Contract, Vector
+from ..errors import UserError
 from .base import Expert, World
-from .render import Painter, check_profile, extrinsics, intrinsics
+from .render import Painter, extrinsics, intrinsics
+from .view import DEFAULT, View
 
-CAMERAS = {"agentview": "corner2", "wrist": "gripperPOV"}
+CAMERAS = {"agentview": "corner2", "wrist": "gripperPOV", "sideview": "corner", "topview": "topview"}
+"""Our camera names and Meta-World's."""
+TURNED = ("agentview", "sideview")
+"""Cameras whose own images stand on their heads."""
+RATE = 80.0
+"""Hz; the only one: Meta-World moves its arm by a mocap body, a fixed way for each control step."""
 AGENTVIEW = (0.75, 0.075, 0.7)
 """Position of ``corner2`` in metres as LeRobot sets it: nearer than Meta-World's own."""
 MAX_STEPS = 500
@@ -75,11 +83,13 @@ INSTRUCTIONS: dict[str, str] = {
 TASKS = {f"metaworld/{task}-v3": instruction for task, instruction in INSTRUCTIONS.items()}
 
 
-def contract(size: int, profile: str) -> Contract:
+def contract(view: View) -> Contract:
     """The conventions that all Meta-World worlds share."""
-    flips = {"agentview": "rotate180", "wrist": "none"}
     return Contract(
-        cameras=tuple(Camera.model_validate({"name": name, "height": size, "width": size, "flip": flips[name]}) for name in CAMERAS),
+        cameras=tuple(
+            Camera(name=shot.camera, height=shot.height, width=shot.width, flip="rotate180" if shot.camera in TURNED else "none")
+            for shot in view.shots
+        ),
         state=Vector(
             names=("eef_x", "eef_y", "eef_z", "gripper"),
             units=("m", "m", "m", "1"),
@@ -94,8 +104,8 @@ def contract(size: int, profile: str) -> Contract:
             gripper="-1 opens, +1 closes",
             mode="relative",
         ),
-        rate=80.0,
-        render=profile,
+        rate=RATE,
+        render=view.render,
     )
 
 
@@ -104,14 +114,17 @@ class MetaWorld(World):
 
     Args:
         name: one of ``TASKS``.
-        profile: render profile.
-        size: height and width of the images in pixels.
+        view: cameras among ``CAMERAS``.
+
+    Raises:
+        UserError: the view has another rate than ``RATE``.
     """
 
-    def __init__(self, name: str, profile: str = "fast", size: int = 96) -> None:
-        check_profile(profile)
-        super().__init__(name, TASKS[name], MAX_STEPS, contract(size, profile), ([-2.0] * 3 + [-1.0], [2.0] * 3 + [1.0]))
-        self._size, self._profile = size, profile
+    def __init__(self, name: str, view: View = DEFAULT) -> None:
+        if view.rate not in (None, RATE):
+            raise UserError(f"world {name} runs at {RATE:g} Hz and at no other rate, so not at {view.rate:g}")
+        super().__init__(name, TASKS[name], MAX_STEPS, contract(view), ([-2.0] * 3 + [-1.0], [2.0] * 3 + [1.0]))
+        self.view = view
         self._env: Any = None
         self._painter: Painter | None = None
         self._seen = np.zeros(39)
@@ -127,12 +140,13 @@ class MetaWorld(World):
     def privileged(self) -> dict[str, Any]:
         """See ``World.privileged``. ``observation`` is Meta-World's own vector (39,): gripper, object poses, goal."""
         model, data = self._env.model, self._env.data
-        cameras = {
-            name: {"intrinsics": intrinsics(model, camera, self._size).tolist(), "extrinsics": extrinsics(model, data, camera).tolist()}
-            for name, camera in CAMERAS.items()
-        }
-        turned = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.array(cameras["agentview"]["extrinsics"])  # as its image is
-        cameras["agentview"]["extrinsics"] = turned.tolist()
+        cameras = {}
+        for shot in self.view.shots:
+            turn = np.diag([-1.0, -1.0, 1.0, 1.0]) if shot.camera in TURNED else np.eye(4)  # as its image is
+            cameras[shot.camera] = {
+                "intrinsics": intrinsics(model, CAMERAS[shot.camera], shot.height, shot.width).tolist(),
+                "extrinsics": (turn @ extrinsics(model, data, CAMERAS[shot.camera])).tolist(),
+            }
         return {
             "observation": self._seen.tolist(),
             "gripper": {"position": self._seen[:3].tolist(), "opening": float(self._seen[3])},
@@ -157,9 +171,11 @@ class MetaWorld(World):
 
     def _images(self) -> dict[str, np.ndarray]:
         if self._painter is None:
-            self._painter = Painter(self._env.model, self._size, self._profile)
-        images = {name: self._painter.image(self._env.data, camera) for name, camera in CAMERAS.items()}
-        images["agentview"] = np.ascontiguousarray(images["agentview"][::-1, ::-1])
+            self._painter = Painter(self._env.model, profile=self.view.render)
+        images = {}
+        for shot in self.view.shots:
+            image = self._painter.image(self._env.data, CAMERAS[shot.camera], (shot.height, shot.width))
+            images[shot.camera] = np.ascontiguousarray(image[::-1, ::-1]) if shot.camera in TURNED else image
         return images
 
     def _build(self) -> None:
@@ -174,9 +190,9 @@ class MetaWorld(World):
         self._env = env
 
 
-def make(name: str, profile: str, size: int) -> MetaWorld:
+def make(name: str, view: View) -> MetaWorld:
     """The world of that name in ``TASKS``."""
-    return MetaWorld(name, profile, size)
+    return MetaWorld(name, view)
 
 
 def make_expert(name: str) -> Expert:

@@ -22,12 +22,13 @@ from ..data.readers.metadata import read_facts, read_info
 from ..data.writer import DatasetWriter, check_lerobot
 from ..errors import UserError
 from .base import Expert, World
+from .view import DEFAULT, View
 
-Make = Callable[[str, str, int], tuple[World, Expert]]
-"""World name, render profile, image size -> a world and its expert."""
+Make = Callable[[str, View], tuple[World, Expert]]
+"""World name and view -> a world and its expert."""
 Progress = Callable[[int, int], None]
-_Job = tuple[str, float, float, str, int, Make | None]
-"""World name, noise, pushes, render profile, image size, ``make``."""
+_Job = tuple[str, float, float, View, Make | None]
+"""World name, noise, pushes, view, ``make``."""
 
 SETTLE = 4
 """Steps recorded after the first success, so that a policy also sees what to do when it is done."""
@@ -51,8 +52,7 @@ def record(
     pushes: float = 0.0,
     workers: int = 2,
     keep_failures: bool = False,
-    render: str = "fast",
-    size: int = 96,
+    view: View = DEFAULT,
     video: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -65,8 +65,7 @@ def record(
         pushes=pushes,
         workers=workers,
         keep_failures=keep_failures,
-        render=render,
-        size=size,
+        view=view,
         video=video,
         progress=progress,
     )
@@ -81,8 +80,7 @@ def record_all(
     pushes: float = 0.0,
     workers: int = 2,
     keep_failures: bool = False,
-    render: str = "fast",
-    size: int = 96,
+    view: View = DEFAULT,
     video: bool = False,
     progress: Progress | None = None,
     make: Make | None = None,
@@ -102,8 +100,7 @@ def record_all(
             neither imitates them nor predicts across them.
         workers: processes that simulate.
         keep_failures: keep episodes without success too.
-        render: render profile of the worlds.
-        size: height and width of the images in pixels.
+        view: cameras with their sizes, control rate and render profile of the worlds.
         video: store AV1 video instead of PNG: smaller, and no longer bit for bit.
         progress: called with (episodes in the dataset, episodes wanted) after each one is on the disk.
         make: builds a world and its expert; default: those of the registry.
@@ -125,7 +122,7 @@ def record_all(
         return folder
     check_lerobot()
     if make is None:
-        _check_names(worlds)
+        _check(worlds, view)
     loading = threading.Thread(target=importlib.import_module, args=("lerobot.datasets",))  # seconds, while worlds are built
     loading.start()
     writer: DatasetWriter | None = None
@@ -134,7 +131,7 @@ def record_all(
         for name in worlds:
             first = max([seed, *(taken + 1 for taken in have.get(name, []))])
             tried = kept = 0
-            attempts = _in_order(pool, first, 2 * workers, (name, noise, pushes, render, size, make))
+            attempts = _in_order(pool, first, 2 * workers, (name, noise, pushes, view, make))
             while done[name] < worlds[name]:
                 contract, episode = next(attempts)
                 tried += 1
@@ -217,24 +214,24 @@ def _push(generator: np.random.Generator, world: World) -> np.ndarray:
     return np.where(["gripper" in name for name in world.contract.action.names], ends, drawn).astype(np.float32)
 
 
-def registered(name: str, render: str, size: int) -> tuple[World, Expert]:
+def registered(name: str, view: View) -> tuple[World, Expert]:
     """A world of the registry and its expert. A simulator that was built before and serves this task too is taken again."""
-    from .registry import make_expert, make_world
+    from .registry import build_world, make_expert
 
-    built = _built.setdefault((render, size), [])
+    built = _built.setdefault(view, [])
     world = next((world for world in built if world.become(name)), None)
     if world is None:
-        world = make_world(name, render=render, size=size)
+        world = build_world(name, view)
         built.append(world)
     return world, make_expert(name)
 
 
-def _check_names(worlds: Iterable[str]) -> None:
-    """Refuse an unknown world before processes are started."""
-    from .registry import make_world, world_names
+def _check(worlds: Iterable[str], view: View) -> None:
+    """Refuse an unknown world, and a view that one of them does not offer, before processes are started."""
+    from .registry import build_world
 
-    for name in set(worlds) - set(world_names()):
-        make_world(name)  # says what is meant
+    for name in worlds:
+        build_world(name, view).close()
 
 
 def _recorded(folder: Path) -> dict[str, list[int]]:
@@ -269,21 +266,21 @@ def _in_order(pool: ProcessPoolExecutor, first: int, ahead: int, job: _Job) -> G
 
 def _attempt(seed: int, job: _Job) -> tuple[Contract, Episode]:
     """In a worker: one episode of a world, which is built once and kept."""
-    name, noise, pushes, render, size, make = job
-    world, expert = _kept(make or registered, name, render, size)
+    name, noise, pushes, view, make = job
+    world, expert = _kept(make or registered, name, view)
     world.become(name)
     episode = demonstrate(world, expert, seed, noise, pushes)
-    episode.meta.update(render=render, size=size)
+    episode.meta.update(render=view.render)
     return world.contract, episode
 
 
-_built: dict[tuple[str, int], list[World]] = {}
-"""In a worker: render profile and size -> worlds of the registry."""
+_built: dict[View, list[World]] = {}
+"""In a worker: worlds of the registry."""
 
 
 @cache
-def _kept(make: Make, name: str, render: str, size: int) -> tuple[World, Expert]:
-    return make(name, render, size)
+def _kept(make: Make, name: str, view: View) -> tuple[World, Expert]:
+    return make(name, view)
 
 
 def _end_with_parent() -> None:

@@ -8,13 +8,12 @@ profile that its data was made with.
 
 import os
 import sys
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
-
-Profile = Literal["fast", "default"]
+from .view import SIDE, Size, check_profile
 
 FINE = 1000
 """Meshes of more triangles than this are drawn simplified by ``fast``."""
@@ -25,25 +24,15 @@ if sys.platform == "linux":  # no display is needed; must be set before mujoco i
     os.environ.setdefault("MUJOCO_GL", "egl")
 
 
-def check_profile(profile: str) -> None:
-    """Refuse an unknown render profile.
-
-    Raises:
-        UserError: naming the profiles that exist.
-    """
-    if profile not in get_args(Profile):
-        raise UserError(f"render must be one of {', '.join(get_args(Profile))}, got '{profile}'")
-
-
 class Painter:
-    """Renders square images of one MuJoCo model.
+    """Renders images of one MuJoCo model.
 
     The graphics context is made at the first image, so a world that is never looked at needs none, and it is made in
-    the process that uses it.
+    the process that uses it. Images of all sizes are drawn into its one buffer.
 
     Args:
         model: ``mujoco.MjModel``. Camera poses, colours and materials may be changed at any time and show in the next image.
-        size: height and width in pixels.
+        size: of images of which no other is asked.
         profile: ``fast`` or ``default``.
         groups: geom groups to show; ``None`` keeps MuJoCo's choice.
         sites: show sites. Robosuite marks the grip point and its axis with them, which no real camera would see;
@@ -51,52 +40,66 @@ class Painter:
     """
 
     def __init__(
-        self, model: Any, size: int = 96, profile: str = "fast", groups: tuple[int, ...] | None = None, sites: bool = True
+        self, model: Any, size: Size = SIDE, profile: str = "fast", groups: tuple[int, ...] | None = None, sites: bool = True
     ) -> None:
         check_profile(profile)
         self.model = model
-        self.size = size
+        self.size = (size, size) if isinstance(size, int) else size
         self.profile = profile
         self._groups = groups
         self._sites = sites
-        self._renderer: Any = None
+        self._opened: Any = None
         self._option: Any = None
 
-    def image(self, data: Any, camera: str) -> np.ndarray:
-        """What ``camera`` sees, uint8 (size, size, 3), upright. ``data`` must have been forwarded.
+    def image(self, data: Any, camera: str, size: tuple[int, int] | None = None) -> np.ndarray:
+        """What ``camera`` sees, uint8 (height, width, 3), upright. ``data`` must have been forwarded.
 
         Raises:
             UserError: there is no graphics library to draw with.
         """
         import mujoco
 
-        if self._renderer is None:
-            self._open()
-        self._renderer.update_scene(data, camera, self._option)
+        renderer = self._renderer(size or self.size)
+        renderer.update_scene(data, camera, self._option)
         if self.profile == "fast":
-            self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
-            self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
-        return np.ascontiguousarray(self._renderer.render())
+            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
+            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+        return np.ascontiguousarray(renderer.render())
 
     def geoms(self, data: Any, camera: str) -> np.ndarray:
-        """Which geom ``camera`` sees in each pixel, int32 (size, size), -1 where there is none."""
+        """Which geom ``camera`` sees in each pixel, int32 (height, width), -1 where there is none."""
         import mujoco
 
-        if self._renderer is None:
-            self._open()
-        self._renderer.update_scene(data, camera, self._option)
-        self._renderer.enable_segmentation_rendering()
-        found, kind = np.moveaxis(self._renderer.render(), -1, 0)
-        self._renderer.disable_segmentation_rendering()
+        renderer = self._renderer(self.size)
+        renderer.update_scene(data, camera, self._option)
+        renderer.enable_segmentation_rendering()
+        found, kind = np.moveaxis(renderer.render(), -1, 0)
+        renderer.disable_segmentation_rendering()
         return np.where(kind == mujoco.mjtObj.mjOBJ_GEOM, found, -1)
 
     def close(self) -> None:
         """Free the graphics context; left to the interpreter's exit, EGL prints errors."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
 
-    def _open(self) -> None:
+    def _renderer(self, size: tuple[int, int]) -> Any:
+        """The ``mujoco.Renderer``, set to images of a size, (height, width).
+
+        A renderer of its own for each size would load the model's meshes and textures again: 0.8 s and 140 MB for a robosuite world.
+        What its size decides is the viewport; the buffer is as large as the model says.
+        """
+        import mujoco
+
+        (height, width), buffer = size, self.model.vis.global_
+        if height > buffer.offheight or width > buffer.offwidth:
+            self.close()
+        if self._opened is None:
+            self._opened = self._open(height, width)
+        self._opened._height, self._opened._width, self._opened._rect = height, width, mujoco.MjrRect(0, 0, width, height)
+        return self._opened
+
+    def _open(self, height: int, width: int) -> Any:
         import mujoco
 
         if self.profile == "fast":
@@ -104,14 +107,14 @@ class Painter:
             self.model.vis.quality.offsamples = 0  # these are read when the context is made
             self.model.vis.quality.shadowsize = 0
         buffer = self.model.vis.global_
-        buffer.offwidth, buffer.offheight = max(buffer.offwidth, self.size), max(buffer.offheight, self.size)
+        buffer.offwidth, buffer.offheight = max(buffer.offwidth, width), max(buffer.offheight, height)
         self._option = mujoco.MjvOption()
         if self._groups is not None:
             self._option.geomgroup[:] = [group in self._groups for group in range(len(self._option.geomgroup))]
         if not self._sites:
             self._option.sitegroup[:] = 0
         try:
-            self._renderer = mujoco.Renderer(self.model, self.size, self.size)
+            return mujoco.Renderer(self.model, height, width)
         except mujoco.FatalError as error:
             backend = os.environ.get("MUJOCO_GL", "not set")
             raise UserError(
@@ -147,10 +150,10 @@ def simplify_meshes(model: Any, cell: float = CELL, fine: int = FINE) -> None:
         model.mesh_facenum[mesh] = len(kept)
 
 
-def intrinsics(model: Any, camera: str, size: int) -> np.ndarray:
-    """Pinhole matrix (3, 3) in pixels of a square image of ``size``."""
-    focal = 0.5 * size / np.tan(np.radians(float(model.cam_fovy[camera_id(model, camera)])) / 2)
-    return np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1.0]])
+def intrinsics(model: Any, camera: str, height: int, width: int) -> np.ndarray:
+    """Pinhole matrix (3, 3) in pixels. The height alone fixes the focal length: a wider image shows more at its sides."""
+    focal = 0.5 * height / np.tan(np.radians(float(model.cam_fovy[camera_id(model, camera)])) / 2)
+    return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]])
 
 
 def extrinsics(model: Any, data: Any, camera: str) -> np.ndarray:
@@ -176,7 +179,7 @@ def project(model: Any, data: Any, camera: str, points: np.ndarray) -> tuple[np.
     """
     points = np.asarray(points, dtype=float).reshape(-1, 3)
     seen = points @ (pose := extrinsics(model, data, camera))[:3, :3].T + pose[:3, 3]
-    focal = intrinsics(model, camera, 1)[0, 0]
+    focal = intrinsics(model, camera, 1, 1)[0, 0]
     depth = seen[:, 2]
     safe = np.where(np.abs(depth) < 1e-9, 1e-9, depth)
     return 0.5 + focal * seen[:, :2] / safe[:, None], depth

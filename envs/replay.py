@@ -7,6 +7,7 @@ import numpy as np
 from ..data import Dataset
 from ..errors import UserError
 from .record import Make, registered
+from .view import choose
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,18 @@ def replay(dataset: Dataset, episode: int, make: Make | None = None) -> Replay:
     """Execute the recorded actions of one episode again, and compare every frame.
 
     Raises:
-        UserError: there is no such episode, or it does not say its world, seed, render profile and image size.
+        UserError: there is no such episode, or it does not say its world, seed and render profile.
     """
     if not 0 <= episode < len(dataset.episodes):
         raise UserError(f"{dataset.path} has no episode {episode}; it has 0 to {len(dataset.episodes) - 1}")
     recorded = dataset.episodes[episode]
-    missing = [name for name in ("world", "seed", "render", "size") if name not in recorded.meta]
+    missing = [name for name in ("world", "seed", "render") if name not in recorded.meta]
     if missing:
         raise UserError(
             f"episode {episode} of {dataset.path} does not say its {', '.join(missing)}; only recordings of worlds can be replayed"
         )
-    world, _ = (make or registered)(recorded.meta["world"], recorded.meta["render"], recorded.meta["size"])
+    view = choose(render=recorded.meta["render"], like=dataset.contract)
+    world, _ = (make or registered)(recorded.meta["world"], view)
     indices = np.arange(recorded.start, recorded.start + recorded.length)
     images = {camera: dataset.frames(camera, indices).astype(np.int16) for camera in dataset.cameras}
     states, actions = (dataset.vectors[key][indices] for key in ("observation.state", "action"))

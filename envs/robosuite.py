@@ -1,4 +1,4 @@
-"""Worlds of robosuite: a Panda at a table, OSC_POSE deltas at 20 Hz.
+"""Worlds of robosuite: a Panda at a table, OSC_POSE deltas at 20 Hz or another rate.
 
 ``robosuite/*`` are robosuite's own tasks with their own success tests; ``cubes/*`` share one scene, so that only the
 words say what to do; ``heldout/*`` show another cube colour, table texture and camera pose.
@@ -12,11 +12,19 @@ from typing import Any, Literal
 import numpy as np
 
 from ..data import Camera, Contract, Vector
-from . import experts
+from ..errors import UserError
+from . import experts, things
 from .base import Expert, World
-from .render import Painter, check_profile, extrinsics, intrinsics
-from .things import CAMERAS, TABLE_HEIGHT, Look, Scene, Thing
+from .render import Painter, extrinsics, intrinsics
+from .things import TABLE_HEIGHT, Look, Scene, Thing
+from .view import DEFAULT, View
 
+CAMERAS = things.CAMERAS | {name: name for name in ("sideview", "frontview", "birdview")}
+"""Our camera names and MuJoCo's; those that robosuite's tables have too keep robosuite's name and pose."""
+RATE = 20.0
+"""Hz, where no other rate is asked for; ``max_steps`` of the tasks and ``SETTLE`` count steps of this rate."""
+FASTEST = 500.0
+"""Hz: robosuite simulates in steps of 2 ms, whole ones: 16 of them (31.25 Hz) where 30 Hz is asked for."""
 SETTLE = 8
 """Control steps before an episode begins: robosuite drops its objects from the air, and the gripper opens."""
 LIFTED = 0.04
@@ -60,11 +68,11 @@ TASKS: dict[str, Task] = {
 }
 
 
-def contract(size: int, profile: str) -> Contract:
-    """The conventions that all robosuite worlds share."""
+def contract(view: View) -> Contract:
+    """The conventions that all robosuite worlds share. An action is a delta for one control step, so its unit is the same at any rate."""
     state = ("eef_x", "eef_y", "eef_z", *(f"rot6d_{i}" for i in range(6)), "gripper_width")
     return Contract(
-        cameras=tuple(Camera(name=name, height=size, width=size, flip="vertical") for name in CAMERAS),
+        cameras=tuple(Camera(name=shot.camera, height=shot.height, width=shot.width, flip="vertical") for shot in view.shots),
         state=Vector(
             names=state, units=("m",) * 3 + ("1",) * 6 + ("m",), frame="world", rotation="rot6d", gripper="width, 0 closed", mode="absolute"
         ),
@@ -76,8 +84,8 @@ def contract(size: int, profile: str) -> Contract:
             gripper="-1 opens, +1 closes",
             mode="relative",
         ),
-        rate=20.0,
-        render=profile,
+        rate=view.rate or RATE,
+        render=view.render,
     )
 
 
@@ -86,16 +94,19 @@ class RobosuiteWorld(World):
 
     Args:
         name: one of ``TASKS``.
-        profile: render profile.
-        size: height and width of the images in pixels.
+        view: cameras among ``CAMERAS``, and any rate up to ``FASTEST``. An episode lasts as many seconds at every rate.
+
+    Raises:
+        UserError: the rate is higher.
     """
 
-    def __init__(self, name: str, profile: str = "fast", size: int = 96) -> None:
-        check_profile(profile)
+    def __init__(self, name: str, view: View = DEFAULT) -> None:
+        if view.rate is not None and view.rate > FASTEST:
+            raise UserError(f"world {name} runs at {FASTEST:g} Hz at most, so not at {view.rate:g}: robosuite simulates in steps of 2 ms")
         self.task = TASKS[name]
+        self.view = view
         reach = ([-2.0] * 3 + [-1.0] * 6 + [-0.01], [2.0] * 3 + [1.0] * 6 + [0.1])
-        super().__init__(name, self.task.instruction, self.task.max_steps, contract(size, profile), reach)
-        self._size, self._profile = size, profile
+        super().__init__(name, self.task.instruction, self._steps_of(self.task.max_steps), contract(view), reach)
         self._env: Any = None
         self._painter: Painter | None = None
         self._items: dict[str, Any] = {}
@@ -105,7 +116,7 @@ class RobosuiteWorld(World):
         task = TASKS.get(name)
         if task is None or task.scene is None or task.scene != self.task.scene:
             return super().become(name)
-        self.task, self.name, self.task_description, self.max_steps = task, name, task.instruction, task.max_steps
+        self.task, self.name, self.task_description, self.max_steps = task, name, task.instruction, self._steps_of(task.max_steps)
         self._steps = None
         return True
 
@@ -126,8 +137,11 @@ class RobosuiteWorld(World):
         """
         model, data = self._env.sim.model._model, self._env.sim.data._data
         cameras = {
-            name: {"intrinsics": intrinsics(model, camera, self._size).tolist(), "extrinsics": extrinsics(model, data, camera).tolist()}
-            for name, camera in CAMERAS.items()
+            shot.camera: {
+                "intrinsics": intrinsics(model, CAMERAS[shot.camera], shot.height, shot.width).tolist(),
+                "extrinsics": extrinsics(model, data, CAMERAS[shot.camera]).tolist(),
+            }
+            for shot in self.view.shots
         }
         position, rotation, width = self._gripper()
         return {
@@ -147,7 +161,7 @@ class RobosuiteWorld(World):
             if self.task.scene is not None:
                 self._env.generator = np.random.default_rng((seed, 3))
             self._env.reset()
-        for _ in range(SETTLE):
+        for _ in range(self._steps_of(SETTLE)):
             self._env.step(np.array([0, 0, 0, 0, 0, 0, -1.0]))
 
     def _advance(self, action: np.ndarray) -> tuple[float, bool]:
@@ -161,18 +175,23 @@ class RobosuiteWorld(World):
 
     def _images(self) -> dict[str, np.ndarray]:
         if self._painter is None:
-            self._painter = Painter(self._env.sim.model._model, self._size, self._profile, groups=(1,))
-        return {name: self._painter.image(self._env.sim.data._data, camera) for name, camera in CAMERAS.items()}
+            self._painter = Painter(self._env.sim.model._model, profile=self.view.render, groups=(1,))
+        data = self._env.sim.data._data
+        return {shot.camera: self._painter.image(data, CAMERAS[shot.camera], (shot.height, shot.width)) for shot in self.view.shots}
+
+    def _steps_of(self, steps: int) -> int:
+        """Control steps of this world that last as long as ``steps`` at ``RATE``."""
+        return max(1, round(steps * (self.view.rate or RATE) / RATE))
 
     def _build(self) -> None:
         from .tabletop import Tabletop, own_task
 
         with numpy_seeded(0):  # robosuite draws the sizes of its cubes while it builds
             if self.task.scene is not None:
-                self._env = Tabletop(self.task.scene)
+                self._env = Tabletop(self.task.scene, self.rate)
                 self._items = dict(self._env.objects)
                 return
-            self._env = own_task(self.task.kind.capitalize())
+            self._env = own_task(self.task.kind.capitalize(), self.rate)
             self._items = {"cube": self._env.cube} if self.task.kind == "lift" else {"cubeA": self._env.cubeA, "cubeB": self._env.cubeB}
 
     def _gripper(self) -> tuple[np.ndarray, np.ndarray, float]:
@@ -207,9 +226,9 @@ class RobosuiteWorld(World):
         return self._lifted() and not grasped and bool(self._env.check_contact(target, base))
 
 
-def make(name: str, profile: str, size: int) -> RobosuiteWorld:
+def make(name: str, view: View) -> RobosuiteWorld:
     """The world of that name in ``TASKS``."""
-    return RobosuiteWorld(name, profile, size)
+    return RobosuiteWorld(name, view)
 
 
 def make_expert(name: str) -> Expert:

@@ -30,26 +30,27 @@ SETTINGS: dict[str, Any] = {
     "use_camera_obs": False,
     "has_renderer": False,
     "has_offscreen_renderer": False,
-    "control_freq": 20,
     "ignore_done": True,
     "hard_reset": False,
     "renderer": "mujoco",
 }
 """What every robosuite environment is made with: images are ours, time limits too, and a reset rebuilds nothing."""
+RATE = 20.0
+"""Hz, robosuite's own."""
 
 
 class Tabletop(ManipulationEnv):
-    """robosuite environment over a ``Scene``: Panda, OSC_POSE deltas, 20 Hz, no automatic end, no observables of images.
+    """robosuite environment over a ``Scene``: Panda, OSC_POSE deltas, no automatic end, no observables of images.
 
     ``reset`` draws poses for all things from ``generator``; give a seeded one before. The arm's joint noise is drawn by
     robosuite from numpy's global generator: ``envs.robosuite`` seeds and restores that one too.
     """
 
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, scene: Scene, rate: float = RATE) -> None:
         self.scene = scene
         self.things = {thing.name: thing for thing in scene.things}
         self.generator = np.random.default_rng(0)
-        super().__init__(initialization_noise="default", **SETTINGS)
+        super().__init__(initialization_noise="default", control_freq=rate, **SETTINGS)
 
     # What robosuite asks of a task
 
@@ -205,9 +206,9 @@ class Tabletop(ManipulationEnv):
         return render.project(self.sim.model._model, self.sim.data._data, CAMERAS[camera], points)
 
 
-def own_task(kind: str) -> Any:
+def own_task(kind: str, rate: float = RATE) -> Any:
     """robosuite's own environment of that name, such as ``Lift``."""
-    return robosuite.make(kind, use_object_obs=False, **SETTINGS)
+    return robosuite.make(kind, use_object_obs=False, control_freq=rate, **SETTINGS)
 
 
 def _object(thing: Thing) -> Any:

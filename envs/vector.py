@@ -23,7 +23,8 @@ import numpy as np
 from ..data import Observation
 from ..errors import UserError
 from .base import Expert, Info, World
-from .registry import make_expert, make_world
+from .registry import build_world, make_expert
+from .view import DEFAULT, View
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,10 @@ class WorldPool:
         self._workers = [_Process() for _ in range(workers)]
         self._failed: list[Answer] = []
 
-    def reset(self, slot: int, world: str, seed: int, render: str = "fast", size: int = 96) -> None:
+    def reset(self, slot: int, world: str, seed: int, view: View = DEFAULT) -> None:
         """Begin an episode of ``world`` in ``slot``; what the slot held before is given up."""
         self._workers[slot % len(self._workers)].start()
-        self._send(slot, "reset", world, seed, render, size)
+        self._send(slot, "reset", world, seed, view)
 
     def step_chunk(self, slot: int, actions: np.ndarray, video: bool = False) -> None:
         """Execute ``actions`` (n, A) in the slot's world; see ``World.step_chunk``."""
@@ -189,7 +190,7 @@ class _Process:
 
 @dataclass
 class _Episode:
-    look: tuple[str, int]
+    view: View
     world: World
     expert: Expert
     steps: int = 0
@@ -202,17 +203,16 @@ class _Worker:
         self._episodes: dict[int, _Episode] = {}
         self._idle: list[_Episode] = []
 
-    def reset(self, slot: int, name: str, seed: int, render: str, size: int) -> tuple[Observation, Info, Frames]:
-        look = (render, size)
+    def reset(self, slot: int, name: str, seed: int, view: View) -> tuple[Observation, Info, Frames]:
         if slot in self._episodes:
             self._idle.append(self._episodes.pop(slot))
-        kept = next((episode for episode in reversed(self._idle) if episode.look == look and episode.world.become(name)), None)
+        kept = next((episode for episode in reversed(self._idle) if episode.view == view and episode.world.become(name)), None)
         if kept is not None:
             self._idle.remove(kept)
         while len(self._idle) > IDLE_WORLDS:
             self._idle.pop(0).world.close()
-        world = kept.world if kept else make_world(name, render=render, size=size)
-        episode = _Episode(look, world, make_expert(name))
+        world = kept.world if kept else build_world(name, view)
+        episode = _Episode(view, world, make_expert(name))
         self._episodes[slot] = episode
         obs, info = episode.world.reset(seed=seed)
         return episode.world.observation(obs), info, []

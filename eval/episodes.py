@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..data import Observation
 from ..data.files import write_file
+from ..envs.view import DEFAULT, View
 from ..errors import UserError
 
 Key = tuple[str | None, str, int]
@@ -22,10 +23,11 @@ class Job:
         task: row name in the suite.
         world: registry name of the world; its success signal scores the episode.
         seed: of the world and of the policy's noise.
-        rate, action_names: control rate (Hz) and action dimensions of the world.
+        rate, action_names: control rate (Hz) and action dimensions of the world as it is seen by ``view``.
         index: place among the episodes of the same task and control.
         control: name of the control that this episode belongs to, if any.
         change: what the policy sees instead of the observation, in a control.
+        view: cameras, sizes, rate and render profile of the world.
     """
 
     task: str
@@ -36,6 +38,7 @@ class Job:
     index: int = 0
     control: str | None = None
     change: Callable[[Observation], Observation] | None = None
+    view: View = DEFAULT
 
     @property
     def key(self) -> Key:

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..data.files import write_file
 from .episodes import Job
 
-CELL = 224  # side of one camera picture in a video, pixels
+CELL = 224  # the longer side of one camera picture in a video, pixels
 HEAD, GAP = 34, 6  # height of the title line; space between pictures
 FPS = 20.0  # faster worlds are thinned to about this
 SHOWN = 6  # moments in a foresight panel
@@ -99,9 +99,12 @@ def pictures(reel: Reel) -> list[np.ndarray]:
     """The video's pictures, uint8 (H, W, 3): one row per camera; with foresight, three columns: now, expected, came."""
     cameras = list(reel.frames[0])
     columns = 3 if reel.foresight else 1
-    rows, across = (len(cameras), columns) if reel.foresight else (1, len(cameras))
-    width = GAP + across * (CELL + GAP)
-    height = HEAD + rows * (CELL + GAP + 18) + GAP
+    sizes = [_scaled(reel.frames[0][camera]) for camera in cameras]
+    across, tall = columns, [height for _, height in sizes]
+    if not reel.foresight:
+        across, tall = len(cameras), [max(tall)]
+    tops = [HEAD + sum(tall[:row]) + row * (GAP + 18) for row in range(len(tall) + 1)]
+    width, height = GAP + across * (CELL + GAP), tops[-1] + GAP
     shown = list(range(0, len(reel.frames), _stride(reel.rate)))
     if shown[-1] != len(reel.frames) - 1:
         shown.append(len(reel.frames) - 1)
@@ -112,14 +115,14 @@ def pictures(reel: Reel) -> list[np.ndarray]:
         _title(draw, width, reel, index)
         due = next((p for p in reel.foresight if p.due >= max(index, 1)), None)
         for number, camera in enumerate(cameras):
-            row, column = (number, 0) if reel.foresight else (0, number)
-            _cell(page, draw, row, column, reel.frames[index][camera], camera)
+            top, column = (tops[number], 0) if reel.foresight else (tops[0], number)
+            _cell(page, draw, top, column, sizes[number], reel.frames[index][camera], camera)
             if reel.foresight:
                 when = f"{due.due / reel.rate:.2f} s" if due else ""
                 expected = due.images.get(camera) if due else None
                 came = reel.frames[due.due][camera] if due and due.due < len(reel.frames) else None
-                _cell(page, draw, row, 1, expected, f"expected at {when}" if due else "expected")
-                _cell(page, draw, row, 2, came, f"actual at {when}" if came is not None else "the episode ended before")
+                _cell(page, draw, top, 1, sizes[number], expected, f"expected at {when}" if due else "expected")
+                _cell(page, draw, top, 2, sizes[number], came, f"actual at {when}" if came is not None else "the episode ended before")
         out.append(np.asarray(page))
     return out + [out[-1]] * 10  # the end stays for half a second
 
@@ -206,13 +209,21 @@ def _title(draw: ImageDraw.ImageDraw, width: int, reel: Reel, index: int) -> Non
     draw.rectangle((GAP, HEAD - 5, GAP + done * (width - 2 * GAP), HEAD - 4), GOOD)
 
 
-def _cell(page: Image.Image, draw: ImageDraw.ImageDraw, row: int, column: int, image: np.ndarray | None, label: str) -> None:
-    x, y = GAP + column * (CELL + GAP), HEAD + row * (CELL + GAP + 18)
-    draw.text((x, y), label, INK, _font(12))
+def _scaled(image: np.ndarray) -> tuple[int, int]:
+    """Width and height of a camera's pictures in a video: as its images are shaped, the longer side ``CELL``."""
+    height, width = image.shape[:2]
+    return max(1, round(CELL * width / max(height, width))), max(1, round(CELL * height / max(height, width)))
+
+
+def _cell(
+    page: Image.Image, draw: ImageDraw.ImageDraw, top: int, column: int, size: tuple[int, int], image: np.ndarray | None, label: str
+) -> None:
+    x, y = GAP + column * (CELL + GAP), top + 18
+    draw.text((x, top), label, INK, _font(12))
     if image is None:
-        draw.rectangle((x, y + 18, x + CELL - 1, y + 17 + CELL), FAINT)
+        draw.rectangle((x, y, x + size[0] - 1, y + size[1] - 1), FAINT)
     else:
-        page.paste(Image.fromarray(image).resize((CELL, CELL), Image.Resampling.BICUBIC), (x, y + 18))
+        page.paste(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), (x, y))
 
 
 def _fit(image: np.ndarray, like: np.ndarray) -> np.ndarray:

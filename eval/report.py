@@ -183,7 +183,7 @@ def _provenance(results: dict[str, Any], more: Mapping[str, str]) -> list[tuple[
         ("Policy", results["policy"]),
         ("Suite", results["suite"]),
         ("Seeds", f"{seeds['first']:,} to {seeds['last']:,}"),
-        ("Rendering", f"{results['render']['profile']}, {results['render']['size']} x {results['render']['size']} pixels"),
+        ("Worlds seen as", "; ".join(dict.fromkeys(_view(task["view"]) for task in results["tasks"]))),
         ("Hardware", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['gpu'] or 'no GPU'}"),
         ("Versions", ", ".join(f"{name} {number}" for name, number in results["versions"].items())),
         ("Evaluation took", f"{results['minutes']:g} minutes"),
@@ -192,6 +192,12 @@ def _provenance(results: dict[str, Any], more: Mapping[str, str]) -> list[tuple[
     if results["checkpoint"] is not None:
         rows.insert(2, ("Checkpoint", f"{results['checkpoint']['step']}, manifest sha256 {results['checkpoint']['manifest_sha256'][:16]}"))
     return rows + list(more.items())
+
+
+def _view(view: dict[str, Any]) -> str:
+    """Such as ``agentview 96 x 96, wrist 96 x 96, 20 Hz, rendered fast``; a size gives height and width."""
+    cameras = [f"{camera} {height} x {width}" for camera, (height, width) in view["cameras"].items()]
+    return ", ".join([*cameras, f"{view['rate']:g} Hz", f"rendered {view['render']}"])
 
 
 def _address(data: bytes, kind: str) -> str:

@@ -28,8 +28,6 @@ class _Stage:
 
     pool: WorldPool
     start: Callable[[], tuple[Job, Script] | None]
-    render: str
-    size: int
     jobs: dict[int, Job] = field(default_factory=dict)
     scripts: dict[int, Script] = field(default_factory=dict)
     waiting: set[int] = field(default_factory=set)
@@ -61,7 +59,7 @@ class _Stage:
         self.waiting.add(slot)
         if isinstance(command, Reset):
             job = self.jobs[slot]
-            self.pool.reset(slot, job.world, job.seed, render=self.render, size=self.size)
+            self.pool.reset(slot, job.world, job.seed, job.view)
         elif isinstance(command, Step):
             self.pool.step_chunk(slot, command.actions, command.video)
             self.brief |= {slot} if len(command.actions) == 1 else set()
@@ -104,8 +102,6 @@ def rollout(
     *,
     slots: int = 8,
     settle: int = 10,
-    render: str = "fast",
-    size: int = 96,
 ) -> Iterator[Row]:
     """Play ``jobs`` and yield their rows as they finish.
 
@@ -124,7 +120,7 @@ def rollout(
         job = queue.popleft()
         return job, play(job, policy, settle, cinema)
 
-    stage = _Stage(pool, start, render, size)
+    stage = _Stage(pool, start)
     half = max(1, slots // 2)
     groups = [range(0, half), range(half, max(slots, half + 1))]
     for group in groups:

@@ -14,8 +14,9 @@ import numpy as np
 from ..data import Contract
 from ..data.files import sha256, write_file
 from ..data.statistics import load_statistics
-from ..envs import make_world
+from ..envs import View, build_world, camera_names
 from ..envs.vector import WorldPool
+from ..envs.view import choose, describe
 from ..errors import UserError
 from ..policies import Policy, find_checkpoint, load_policy
 from ..policies.lerobot import is_lerobot, load_lerobot
@@ -34,8 +35,9 @@ OnEpisode = Callable[[Row, int, int], None]
 
 @dataclass(frozen=True)
 class Facts:
-    """What must be known of a world before its first episode."""
+    """What must be known of a world, as it is seen in this evaluation, before its first episode."""
 
+    view: View
     instruction: str
     rate: float
     contract: Contract
@@ -81,8 +83,9 @@ def evaluate(
             f"{policy} is a policy of lerobot, which has no edges to cut; drop the control '{cutting[0]}' (controls=null drops all)"
         )
     check_seeds(seed, max(spec.count(task, None, episodes) for task in spec.tasks))
-    facts = {task: _facts(spec, task) for task in spec.tasks}
-    acting = None if checkpoint is None else _load(checkpoint, (), spec, facts)
+    offers = {task: camera_names(spec.world(task)) for task in spec.tasks}
+    acting = None if checkpoint is None else _load(checkpoint)
+    facts = {task: _facts(spec, task, offers[task], None if acting is None else acting.contract, policy) for task in spec.tasks}
     fingerprint = None if checkpoint is None else sha256(checkpoint / identity_file(checkpoint))
     _claim(out, spec, suite, fingerprint)
     ledger = Ledger(out / "episodes.jsonl")
@@ -94,8 +97,8 @@ def evaluate(
         for cuts, jobs in batches.items():
             left = [job for job in jobs if job.key not in ledger.rows]
             if cuts and left and checkpoint is not None:
-                acting = _load(checkpoint, cuts, spec, facts)
-            for row in rollout(left, acting, pool, cinema, slots=spec.slots, settle=spec.settle, render=spec.render, size=spec.size):
+                acting = _load(checkpoint, cuts)
+            for row in rollout(left, acting, pool, cinema, slots=spec.slots, settle=spec.settle):
                 ledger.append(row)
                 fresh += 1
                 if on_episode is not None:
@@ -113,7 +116,6 @@ def evaluate(
         "suite": suite_name(suite),
         "title": spec.title,
         "seeds": {"first": seed, "last": max(row.seed for row in rows)},
-        "render": {"profile": spec.render, "size": spec.size},
         "hardware": hardware(),
         "versions": versions(),
         "command": command(),
@@ -145,7 +147,7 @@ def summarise(spec: Suite, controls: dict[str, Control], facts: dict[str, Facts]
     tasks = []
     for name, task in spec.tasks.items():
         mine = [row for row in rows if row.control is None and row.task == name]
-        extra = {"instruction": facts[name].instruction, "world": spec.world(name)}
+        extra = {"instruction": facts[name].instruction, "world": spec.world(name), "view": describe(facts[name].contract)}
         tasks.append(_row(name, task.scored, mine) | extra)
     scored = [row for row in rows if row.control is None and spec.tasks[row.task].scored]
     overall = _row("overall", True, scored) if scored else None
@@ -180,19 +182,28 @@ def _row(name: str, scored: bool, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _facts(spec: Suite, task: str) -> Facts:
-    world = make_world(spec.world(task), render=spec.render, size=spec.size)
+def _facts(spec: Suite, task: str, offers: tuple[str, ...], wanted: Contract | None, policy: str) -> Facts:
+    """A task's world, seen as the suite says and else as the policy's contract wants it.
+
+    Raises:
+        UserError: the world cannot be seen so, or the contract wants it otherwise.
+    """
+    name, like = spec.world(task), wanted
+    if like is not None:
+        like = like.model_copy(update={"cameras": tuple(c for c in like.cameras if c.name in offers or not c.optional)})
+    view = choose(render=spec.render, size=spec.size, cameras=spec.cameras, rate=spec.rate, like=like)
     try:
-        return Facts(world.task_description, world.rate, world.contract)
-    finally:
-        world.close()
+        world = build_world(name, view)
+    except UserError as error:
+        raise error if wanted is None else UserError(f"policy {policy} does not fit world {name}: {error}") from None
+    world.close()
+    if wanted is not None:
+        wanted.require(world.contract, f"policy {policy}", f"world {name}")
+    return Facts(view, world.task_description, world.rate, world.contract)
 
 
-def _load(path: Path, cuts: Cuts, spec: Suite, facts: dict[str, Facts]) -> Policy:
-    policy: Policy = load_lerobot(path) if is_lerobot(path) else load_policy(path, cuts=cuts)
-    for task in spec.tasks:
-        policy.contract.require(facts[task].contract, f"policy {path}", f"world {spec.world(task)}")
-    return policy
+def _load(path: Path, cuts: Cuts = ()) -> Policy:
+    return load_lerobot(path) if is_lerobot(path) else load_policy(path, cuts=cuts)
 
 
 def identity_file(checkpoint: Path) -> str:
@@ -208,7 +219,8 @@ def _batches(
     def jobs(task: str, name: str | None, control: Control | None, change: Change | None) -> list[Job]:
         fact = facts[task]
         count = spec.count(task, control, episodes)
-        return [Job(task, spec.world(task), seed + i, fact.rate, fact.contract.action.names, i, name, change) for i in range(count)]
+        names, world = fact.contract.action.names, spec.world(task)
+        return [Job(task, world, seed + i, fact.rate, names, i, name, change, fact.view) for i in range(count)]
 
     batches: dict[Cuts, list[Job]] = {(): [job for task in spec.tasks for job in jobs(task, None, None, None)]}
     words = {task: fact.instruction for task, fact in facts.items()}

@@ -129,7 +129,7 @@ def _chunk(job: Job, policy: Policy, settle: int, tape: Tape, answer: Answer) ->
     plan, seconds = yield Ask(Request(job.slug, job.change(seen) if job.change else seen))
     pending = plan.chunk.actions[: policy.contract.executed or len(plan.chunk)]
     tape.waits.append(seconds)
-    tape.misses += seconds > len(pending) / (plan.chunk.rate or job.rate)
+    tape.misses += seconds > len(pending) / job.rate
     if plan.foresight is not None:
         tape.foresight.append(Imagined(tape.steps, tape.steps + len(pending), plan.foresight))
     while len(pending) and not tape.over(settle):

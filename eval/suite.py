@@ -3,9 +3,10 @@
 import difflib
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..config import Strict, find, load
+from ..envs.view import Size, read_size
 from ..errors import UserError
 from .controls import Control
 
@@ -41,7 +42,8 @@ class Suite(Strict):
         tasks, controls: by name, in the order in which they are reported.
         episodes: per task.
         gate: the overall rate that counts as passed.
-        render, size: render profile and side of the images in pixels.
+        render, size, cameras, rate: how the worlds are seen and controlled; see ``envs.make_world``. What is not given is as in the
+            policy's contract, and where that does not know it (or a scripted expert acts) as by default.
         slots: episodes played at once; half of them form one batch of the policy.
         settle: steps played on after the first success, to tell a success that lasts.
     """
@@ -51,11 +53,23 @@ class Suite(Strict):
     controls: dict[str, Control] = {}
     episodes: int = Field(default=30, ge=1)
     gate: float | None = Field(default=None, gt=0, le=1)
-    render: str = "fast"
-    size: int = Field(default=96, ge=16)
+    render: str | None = None
+    size: Size | dict[str, Size] | None = None
+    cameras: tuple[str, ...] | None = None
+    rate: float | None = Field(default=None, gt=0)
     slots: int = Field(default=8, ge=1)
     settle: int = Field(default=10, ge=0)
     videos: Videos = Videos()
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _sizes(cls, value: object) -> object:
+        try:
+            if isinstance(value, dict):
+                return {camera: read_size(size) for camera, size in value.items()}
+            return None if value is None else read_size(value)
+        except UserError as error:
+            raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
     def _known_tasks(self) -> "Suite":

@@ -236,6 +236,20 @@ MISTAKES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
     "corrupt manifest": (broken_manifest, "manifest.json cannot be read"),
     "corrupt weights": (changed_weights, "model.safetensors is damaged or was changed"),
     "unknown world": (["data", "record", "cubes/lift-rde", "--episodes", "1", "--out", "d"], "cubes/lift-red"),
+    "unknown camera": (
+        ["data", "record", "cubes/lift-red", "--episodes", "1", "--out", "d", "--cameras", "top"],
+        "world cubes/lift-red has no camera 'top'; it has agentview, wrist, sideview",
+    ),
+    "rate of a world that has one": (
+        ["data", "record", "metaworld/push-v3", "--episodes", "1", "--out", "d", "--rate", "10"],
+        "world metaworld/push-v3 runs at 80 Hz and at no other rate, so not at 10",
+    ),
+    "size that is none": (["data", "record", "cubes/lift-red", "--episodes", "1", "--out", "d", "--size", "96x"], "96x is no size"),
+    "size too small": (["data", "record", "cubes/lift-red", "--episodes", "1", "--out", "d", "--size", "8"], "8 is no size of 16 pixels"),
+    "scenes at a rate": (
+        ["data", "record", "scenes:cubes", "--episodes", "1", "--out", "d", "--rate", "10"],
+        "scenes:cubes are square pictures of agentview and wrist",
+    ),
     "unknown scenes": (["data", "record", "scenes:cubse", "--episodes", "1", "--out", "d"], "there are no scenes of kind 'cubse'"),
     "no dataset to inspect": (["data", "inspect", "nowhere"], "nowhere"),
     "no dataset to sum up": (["data", "stats", "nowhere"], "nowhere"),

@@ -222,6 +222,10 @@ def test_refusals(make_dataset: MakeDataset, make_episode: MakeEpisode, contract
     other = contract.model_copy(update={"cameras": (Camera(name="front"),)})
     with pytest.raises(UserError, match="camera front is expected"):
         DatasetWriter(folder, other, 20)
+    before = (folder / "meta" / "triune.json").read_bytes()
+    with pytest.raises(UserError, match="camera wrist is expected but there is only agentview"):
+        DatasetWriter(folder, contract.model_copy(update={"cameras": contract.cameras[:1]}), 20)
+    assert (folder / "meta" / "triune.json").read_bytes() == before
     with pytest.raises(UserError, match="20 frames per second, not 80"):
         DatasetWriter(folder, contract.model_copy(update={"rate": None}), 80)
     with pytest.raises(UserError, match="whole number"):

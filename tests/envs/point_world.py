@@ -7,8 +7,10 @@ import numpy as np
 
 from triune.data import Camera, Contract, Vector
 from triune.envs.base import Expert, World
+from triune.envs.view import View, choose
 
 SIZE = 16
+VIEW = choose(size=SIZE)
 
 
 class PointWorld(World):
@@ -50,12 +52,12 @@ def expert(privileged: dict[str, Any]) -> np.ndarray:
     return np.clip([*(5 * away), -1.0], -1, 1)
 
 
-def make(name: str, render: str, size: int) -> tuple[World, Expert]:
-    assert (render, size) == ("fast", SIZE)
+def make(name: str, view: View) -> tuple[World, Expert]:
+    assert view in (VIEW, choose(size=SIZE, rate=20.0))
     return PointWorld(name), expert
 
 
-def hopeless(name: str, render: str, size: int) -> tuple[World, Expert]:
+def hopeless(name: str, view: View) -> tuple[World, Expert]:
     return PointWorld(name), lambda privileged: np.zeros(3)
 
 
@@ -63,4 +65,4 @@ def record_for_ever(out: str) -> None:
     """Entry of a process that a test kills."""
     from triune.envs.record import record_all
 
-    record_all({"point/a": 10_000}, Path(out), workers=1, size=SIZE, make=make, progress=lambda done, _: print(done, flush=True))
+    record_all({"point/a": 10_000}, Path(out), workers=1, view=VIEW, make=make, progress=lambda done, _: print(done, flush=True))

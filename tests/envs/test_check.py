@@ -8,7 +8,8 @@ import pytest
 from triune.data import Camera, Contract, Vector
 from triune.envs import world_names
 from triune.envs.base import World
-from triune.envs.check import check_world
+from triune.envs.check import another_view, check_world
+from triune.envs.view import choose
 
 SAMPLE = ("cubes/stack", "robosuite/lift", "metaworld/pick-place-v3", "metaworld/door-open-v3")
 
@@ -18,10 +19,18 @@ def test_worlds_keep_their_promises(name: str) -> None:
     assert check_world(name) == []
 
 
+@pytest.mark.parametrize("name", ["robosuite/lift", "metaworld/push-v3"])
+def test_worlds_keep_their_promises_in_another_view(name: str) -> None:
+    view = another_view(name)
+    assert len(view.shots) == 3 and (view.rate == 10) == name.startswith("robosuite")
+    assert check_world(name, view) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in world_names() if name not in SAMPLE])
 def test_all_other_worlds_keep_their_promises(name: str) -> None:
     assert check_world(name) == []
+    assert check_world(name, another_view(name)) == []
 
 
 class Toy(World):
@@ -45,7 +54,7 @@ class Toy(World):
 
     def privileged(self) -> dict[str, Any]:
         self._asked += self.breaks == "asking"
-        return {"observation": [*self._place, *np.zeros(37)], "gripper": {}, "cameras": {}}
+        return {"observation": [*self._place, *np.zeros(37)], "gripper": {}, "cameras": {"agentview": {}}}
 
     def _begin(self, seed: int) -> None:
         self._place = np.random.default_rng(0 if self.breaks == "starts" else seed).uniform(-1, 1, 2)
@@ -75,11 +84,12 @@ class Toy(World):
         ("asking", "when privileged state is asked for"),
         ("bool", "is_success after 1 steps is a bool"),
         ("black", "its images are black"),
+        ("view", "its contract has (Shot(camera='agentview', height=8, width=8),) where"),
     ],
 )
 def test_a_broken_promise_is_named(breaks: str, sentence: str | None) -> None:
     toy = type("Toy", (Toy,), {"breaks": breaks})
-    found = check_world("toy", make=lambda _: toy())
+    found = check_world("toy", choose(cameras=["agentview"], size=9 if breaks == "view" else 8), make=lambda name, view: toy())
     if sentence is None:
         assert found == []
     else:

@@ -44,7 +44,7 @@ def same_files(one: Path, other: Path) -> None:
 
 
 def test_pushes_are_marked_and_recovered_from(points: ModuleType) -> None:
-    world, expert = points.make("point/a", "fast", 16)
+    world, expert = points.make("point/a", points.VIEW)
     episodes = [demonstrate(world, expert, seed=seed, pushes=0.1) for seed in (1, 2, 4, 5, 7, 8)]
     marked = [episode.extra["disturbed"][:, 0] > 0 for episode in episodes]
     assert any(mark.any() for mark in marked) and all(episode.meta["success"] for episode in episodes)
@@ -57,7 +57,7 @@ def test_pushes_are_marked_and_recovered_from(points: ModuleType) -> None:
 
 
 def test_one_episode(points: ModuleType) -> None:
-    world, expert = points.make("point/a", "fast", 16)
+    world, expert = points.make("point/a", points.VIEW)
     episode = demonstrate(world, expert, seed=1, noise=0.3)
     assert episode.meta["success"]
     assert len(episode) == episode.meta["first_success_step"] + SETTLE
@@ -76,15 +76,17 @@ def test_one_episode(points: ModuleType) -> None:
 def test_any_number_of_workers(points: ModuleType, tmp_path: Path) -> None:
     said: list[tuple[int, int]] = []
     one, three = (tmp_path / name for name in ("one", "three"))
-    record_all({"point/a": 4, "point/b": 2}, one, workers=1, noise=0.1, size=16, make=points.make, progress=lambda *at: said.append(at))
-    record_all({"point/a": 4, "point/b": 2}, three, workers=3, noise=0.1, size=16, make=points.make)
+    record_all(
+        {"point/a": 4, "point/b": 2}, one, workers=1, noise=0.1, view=points.VIEW, make=points.make, progress=lambda *at: said.append(at)
+    )
+    record_all({"point/a": 4, "point/b": 2}, three, workers=3, noise=0.1, view=points.VIEW, make=points.make)
     same_files(one, three)
     assert said == [(count, 6) for count in range(7)]
     dataset = open_dataset(one)
     assert (seeds(dataset, "point/a"), seeds(dataset, "point/b")) == ([1, 2, 4, 5], [1, 2])
     assert dataset.tasks == ("go to the goal of point/a", "go to the goal of point/b")
     facts = dataset.episodes[0].meta
-    assert (facts["render"], facts["size"], facts["noise"], facts["success"]) == ("fast", 16, 0.1, True)
+    assert (facts["render"], facts["noise"], facts["success"]) == ("fast", 0.1, True)
     for index in range(6):
         found = replay(dataset, index, make=points.make)
         assert (found.frames, found.first_difference) == (dataset.episodes[index].length, None)
@@ -94,7 +96,7 @@ def test_any_number_of_workers(points: ModuleType, tmp_path: Path) -> None:
 
 def test_goes_on(points: ModuleType, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = {"workers": 2, "noise": 0.1, "size": 16, "make": points.make}
+    options = {"workers": 2, "noise": 0.1, "view": points.VIEW, "make": points.make}
     record_all({"point/a": 5}, whole, **options)
     for count in (2, 2, 5):
         record_all({"point/a": count}, parts, **options)
@@ -103,19 +105,19 @@ def test_goes_on(points: ModuleType, tmp_path: Path) -> None:
 
 
 def test_failures(points: ModuleType, tmp_path: Path) -> None:
-    record_all({"point/a": 4}, tmp_path / "all", workers=2, size=16, make=points.make, keep_failures=True)
+    record_all({"point/a": 4}, tmp_path / "all", workers=2, view=points.VIEW, make=points.make, keep_failures=True)
     dataset = open_dataset(tmp_path / "all")
     assert [episode.meta["success"] for episode in dataset.episodes] == [False, True, True, False]
     assert dataset.episodes[0].length == 40
     with pytest.raises(UserError, match="the expert of point/a succeeded in 0 of 20 episodes"):
-        record_all({"point/a": 4}, tmp_path / "none", workers=2, size=16, make=points.hopeless)
+        record_all({"point/a": 4}, tmp_path / "none", workers=2, view=points.VIEW, make=points.hopeless)
 
 
 def test_refuses_another_dataset(points: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="is not a dataset"):
-        record_all({"point/a": 1}, tmp_path / "d", workers=1, size=16, make=points.make)
+        record_all({"point/a": 1}, tmp_path / "d", workers=1, view=points.VIEW, make=points.make)
 
 
 @pytest.mark.slow
@@ -134,8 +136,8 @@ def test_killed(points: ModuleType, tmp_path: Path) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    record_all({"point/a": kept + 3}, out, workers=2, size=16, make=points.make)
-    record_all({"point/a": kept + 3}, tmp_path / "whole", workers=2, size=16, make=points.make)
+    record_all({"point/a": kept + 3}, out, workers=2, view=points.VIEW, make=points.make)
+    record_all({"point/a": kept + 3}, tmp_path / "whole", workers=2, view=points.VIEW, make=points.make)
     same_files(out, tmp_path / "whole")
 
 

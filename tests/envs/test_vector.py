@@ -9,9 +9,11 @@ import pytest
 
 from triune.envs import make_expert, make_world
 from triune.envs.vector import Answer, WorldPool
+from triune.envs.view import choose
 from triune.errors import UserError
 
 REACH, DRAWER = "metaworld/reach-v3", "metaworld/drawer-close-v3"
+SMALL = choose(size=32)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def test_slots_equal_single_worlds(pool: WorldPool) -> None:
     actions = np.random.default_rng(0).uniform(-1, 1, (6, 4))
     jobs = {0: (REACH, 7), 1: (DRAWER, 8), 2: (REACH, 9)}
     for slot, (name, seed) in jobs.items():
-        pool.reset(slot, name, seed, size=32)
+        pool.reset(slot, name, seed, SMALL)
     first = collect(pool, 3)
     for slot in jobs:
         pool.step_chunk(slot, actions, video=slot == 2)
@@ -52,7 +54,7 @@ def test_slots_equal_single_worlds(pool: WorldPool) -> None:
 
 
 def test_experts_act_inside_the_worker(pool: WorldPool) -> None:
-    pool.reset(0, DRAWER, 3, size=32)
+    pool.reset(0, DRAWER, 3, SMALL)
     collect(pool, 1)
     pool.expert_chunk(0, 300)
     answer = collect(pool, 1)[0]
@@ -66,7 +68,7 @@ def test_experts_act_inside_the_worker(pool: WorldPool) -> None:
 
 def test_a_mistake_is_an_answer(pool: WorldPool) -> None:
     pool.reset(0, "metaworld/reach-v4", 0)
-    pool.reset(1, REACH, 0, size=32)
+    pool.reset(1, REACH, 0, SMALL)
     answers = collect(pool, 2)
     assert "did you mean 'metaworld/reach-v3'" in str(answers[0].error)
     assert answers[1].error is None
@@ -74,13 +76,13 @@ def test_a_mistake_is_an_answer(pool: WorldPool) -> None:
     assert "reset it first" in str(collect(pool, 1)[0].error)
     pool.step_chunk(1, np.zeros((1, 9)))
     assert "takes finite actions" in str(collect(pool, 1)[1].error)
-    pool.reset(1, REACH, 0, size=32)
+    pool.reset(1, REACH, 0, SMALL)
     assert collect(pool, 1)[1].error is None
 
 
 def test_a_dead_process_is_an_answer_and_comes_back(pool: WorldPool) -> None:
-    pool.reset(0, REACH, 0, size=32)
-    pool.reset(1, REACH, 1, size=32)
+    pool.reset(0, REACH, 0, SMALL)
+    pool.reset(1, REACH, 1, SMALL)
     collect(pool, 2)
     process = pool._workers[0]._process
     assert process is not None and process.pid is not None
@@ -92,7 +94,7 @@ def test_a_dead_process_is_an_answer_and_comes_back(pool: WorldPool) -> None:
     assert "ended (exit code -9)" in str(answers[0].error)
     assert answers[2].error is not None
     assert answers[1].error is None
-    pool.reset(0, REACH, 0, size=32)
+    pool.reset(0, REACH, 0, SMALL)
     assert collect(pool, 1)[0].error is None
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from triune.data import ActionChunk, Camera, Contract, Observation, Vector
 from triune.data.statistics import save_statistics, statistics_of
+from triune.envs.view import DEFAULT, View
 from triune.policies.base import Plan, Policy, Request
 
 RATE = 10.0
@@ -33,8 +34,8 @@ class FakeWorld:
 
     max_steps = 24
 
-    def __init__(self, name: str, render: str = "fast", size: int = 32) -> None:
-        self.name, self.render, self.size = name, render, size
+    def __init__(self, name: str, view: View = DEFAULT) -> None:
+        self.name, self.view = name, view
         self.colour = name.rpartition("-")[2]
         self.task_description = f"reach the {self.colour} square"
         self.rate, self.contract = RATE, CONTRACT
@@ -100,7 +101,7 @@ class FakePool:
     def __exit__(self, *problem: object) -> None:
         self.closed = True
 
-    def reset(self, slot: int, world: str, seed: int, render: str = "fast", size: int = 96) -> None:
+    def reset(self, slot: int, world: str, seed: int, view: View = DEFAULT) -> None:
         self.worlds[slot], self.seeds[slot] = FakeWorld(world), seed
         self.worlds[slot].reset(seed)
         self._answer(slot, {"steps": 0, "is_success": False, "truncated": False}, [])

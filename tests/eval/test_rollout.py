@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from triune.data import ActionChunk
+from triune.envs.view import DEFAULT, View
 from triune.errors import UserError
 from triune.eval.controls import blank_images, give_instruction
 from triune.eval.episodes import Job, Ledger, Row, read_rows, slug
 from triune.eval.film import Cinema, encode
 from triune.eval.rollout import rollout
+from triune.policies.base import Plan, Request
 
 from .fakes import CONTRACT, RATE, FakePolicy, FakePool
 
@@ -70,6 +73,14 @@ def test_the_expert_acts_without_a_policy(tmp_path: Path) -> None:
     assert [row.video is not None for row in rows] == [True] + [False] * 11
 
 
+def test_a_policy_that_does_not_know_its_rate_acts_at_the_world_s(tmp_path: Path) -> None:
+    class Rateless(FakePolicy):
+        def plan(self, requests: list[Request]) -> list[Plan]:
+            return [replace(plan, chunk=ActionChunk(plan.chunk.actions, 0.0)) for plan in super().plan(requests)]
+
+    assert timeless(play(tmp_path, jobs(3), Rateless())) == timeless(play(tmp_path, jobs(3), FakePolicy()))
+
+
 def test_one_broken_world_is_a_failure_and_stops_nothing(tmp_path: Path) -> None:
     rows = play(tmp_path, jobs(), FakePolicy(), broken=(1_000_003,))  # type: ignore[arg-type]
     assert [row.error for row in rows if row.error] == ["the simulator diverged"]
@@ -111,9 +122,9 @@ def test_of_a_control_one_episode_is_filmed(tmp_path: Path) -> None:
 
 def test_a_replay_that_differs_is_said(tmp_path: Path) -> None:
     class Drifting(FakePool):
-        def reset(self, slot: int, world: str, seed: int, render: str = "fast", size: int = 96) -> None:
+        def reset(self, slot: int, world: str, seed: int, view: View = DEFAULT) -> None:
             again = self.seeds.get(slot) == seed
-            super().reset(slot, world, seed, render, size)
+            super().reset(slot, world, seed, view)
             self.worlds[slot].goals["red"] += 9 * again
 
     rows = list(rollout(jobs(2), FakePolicy(), Drifting(), Cinema(tmp_path, 2, 0)))

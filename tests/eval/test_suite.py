@@ -39,7 +39,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a suite and a checkpoint, and an evaluation that plays fakes."""
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(SUITE, sort_keys=False))
     write_checkpoint(tmp_path / "run")
-    monkeypatch.setattr(runner, "make_world", lambda name, render, size: FakeWorld(name, render, size))
+    monkeypatch.setattr(runner, "build_world", FakeWorld)
+    monkeypatch.setattr(runner, "camera_names", lambda name: CONTRACT.camera_names)
     monkeypatch.setattr(runner, "WorldPool", FakePool)
     monkeypatch.setattr(runner, "find_checkpoint", lambda path: Path(path))
     monkeypatch.setattr(runner, "load_policy", lambda path, cuts=(): FakePolicy(blind=("action", "obs") in cuts))
