@@ -87,7 +87,7 @@ def convert(source: Path, out: Path, tokenizer: Path | None = None) -> Contract:
             source=_origin(source, config),
             graph=graph_info(spec),
         )
-        policy = from_checkpoint(read_checkpoint(folder))
+        policy = from_checkpoint(read_checkpoint(folder), precision="fp32")
         if policy.prompts([TEXT], 0)[0][0].tolist()[: len(ids := words(TEXT)["input_ids"])] != ids:
             raise UserError(f"the tokenizer {words.name_or_path} gives other tokens once it is saved; give another as --tokenizer FOLDER")
         write_golden(folder, policy, _observations(contract, felt))

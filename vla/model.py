@@ -1,6 +1,7 @@
 """A spec made runnable: embed the streams, run the backbone, read the heads."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -111,6 +112,11 @@ class Model(nn.Module):
         views = [frames * self.spec.cameras.index(camera) + frames - 1 for camera in module.head.cameras]
         return replace(inputs, latents=module.encode(inputs.images[:, views]).to(next(module.parameters()).dtype))
 
+    def look(self, inputs: Inputs) -> Inputs:
+        """``inputs`` with the image tokens of every prompt whose vision tower waits for the host: the rest of a call does not."""
+        names = [n for n, s in self.spec.streams.items() if s.tokens == "prompt" and self.vlm(n).family.waits]
+        return inputs if inputs.images is None else replace(inputs, seen={n: self.vlm(n).look(inputs.images) for n in names})
+
     def presence(self, inputs: Inputs) -> dict[str, Tensor | None]:
         """Stream -> which of its tokens are there; None where all are."""
         out: dict[str, Tensor | None] = {n: inputs.present for n, s in self.spec.streams.items() if s.tokens in ("prompt", "words")}
@@ -118,6 +124,9 @@ class Model(nn.Module):
         for name, rows in inputs.dropped.items():
             here, length = out.get(name), self.spec.streams[name].length
             out[name] = ~rows[:, None].expand(-1, length) if here is None else here & ~rows[:, None]
+        for name, stream in self.spec.streams.items():  # what is made of padding is padding
+            if stream.tokens == "hidden" and name not in inputs.dropped:
+                out[name] = out.get(stream.of or "")
         return out
 
     def run(
@@ -263,6 +272,15 @@ class Model(nn.Module):
         first = [*self.actions, *(n for n in self.spec.flows if n not in self.actions)]
         return {n: (self.spec.streams[n].length, self.codec(n).out.out_features) for n in first}
 
+    def shortened(self, length: int) -> "Model":
+        """The same modules for prompts of ``length`` tokens, and for streams made of their hidden states."""
+        out, mot = copy(self), copy(self.mot)
+        out._modules = dict(self._modules)
+        out.spec = self.spec.shortened(length)
+        mot.graph = out.graph = Graph(out.spec)
+        out.mot = mot
+        return out
+
     def vlm(self, stream: str) -> PretrainedVLM:
         """The expert of a prompt stream."""
         expert = self.mot.experts[self.graph.owner[stream]]
@@ -297,7 +315,7 @@ class Model(nn.Module):
         stream, empty = self.spec.streams[name], torch.empty(0)
         if stream.tokens == "prompt":
             assert inputs.images is not None and inputs.ids is not None, f"stream {name} needs images and prompt ids"
-            prompt = self.vlm(name).embed(inputs.images, inputs.ids, inputs.present)
+            prompt = self.vlm(name).embed(inputs.images, inputs.ids, inputs.present, inputs.seen.get(name))
             scale = prompt.x.shape[-1] ** 0.5 if stream.scale == "sqrt_width" else 1.0
             return Tokens(prompt.x * scale, empty, inject=prompt.inject, own=prompt.own)
         if stream.tokens in ("actions", "frames"):

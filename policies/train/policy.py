@@ -195,7 +195,7 @@ class PolicyTask:
             references=references(self.spec),
             graph=graph_info(self.spec),
         )
-        policy = from_checkpoint(read_checkpoint(folder))
+        policy = from_checkpoint(read_checkpoint(folder), precision="fp32")
         write_golden(folder, policy, self._golden_observations())
 
     # what is computed once ------------------------------------------------------------------------------------------
