@@ -3,7 +3,7 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,7 +12,9 @@ from .output import print_json, print_table
 
 def verify(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, or a run's folder.")],
-    precision: Annotated[str, typer.Option(help="Hold the weights in fp32 or bf16; auto is what other commands do.")] = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], typer.Option(help="What the weights are held in; auto as in other commands.")
+    ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Prove that a checkpoint acts as it was trained: files by their hashes, actions by its golden observations."""

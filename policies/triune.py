@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -237,6 +237,8 @@ def load_policy(path: str | Path, cuts: tuple[tuple[str, str], ...] = (), precis
 
 def from_checkpoint(checkpoint: Checkpoint, cuts: tuple[tuple[str, str], ...] = (), precision: Precision = "auto") -> TriunePolicy:
     """The policy of a checkpoint that was read."""
+    if precision not in get_args(Precision):
+        raise UserError(f"precision is one of {', '.join(get_args(Precision))}, not '{precision}'")
     for name in checkpoint.info.weights:
         checkpoint.reference(name)  # the frozen weights must be those that were trained with
     spec = anchored(parse(Spec, load_tree(checkpoint.spec), checkpoint.spec), checkpoint.folder)
