@@ -18,6 +18,7 @@ from .heads import FlowCodec, StateEncoder, mlp
 from .inputs import Inputs, Noisy, Targets
 from .modules import ModuleDict
 from .mot import KV, Cache, MoT, Tokens
+from .packing import pack
 from .spec import DecoderExpert, FlowHead, LatentHead, PretrainedExpert, Spec, Stream, TimeFeatures, WordHead
 
 GENERATES = ("ar", "denoise")
@@ -136,6 +137,7 @@ class Model(nn.Module):
         cache: Cache | None = None,
         outputs: Sequence[str] | None = None,
         moved: Mapping[str, Tensor] | None = None,
+        packed: bool = False,
     ) -> dict[str, Tensor]:
         """One joint forward over all streams that are not in ``cache``, as in training: final hidden states of ``outputs``.
 
@@ -143,6 +145,7 @@ class Model(nn.Module):
 
         Args:
             moved: stream -> what is added to its embeddings (the gradient probe moves tokens so).
+            packed: whether the samples are laid end to end (``packing.py``).
         """
         moved = moved or {}
         kept = {n: _moved_context(kv, moved.get(n)) for n, kv in self.contexts(inputs).items()} | dict(cache or {})
@@ -155,7 +158,8 @@ class Model(nn.Module):
             keep = [n for n in live if self.graph.informs(n, later) or any((row, n) in self.graph.edges for row in later)]
             tokens = self.embed(live, inputs, noisy, kept)
             tokens = {n: replace(t, x=t.x + moved[n]) if n in moved else t for n, t in tokens.items()}
-            out, kv = self.mot(tokens, kept, keep, [n for n in live if outputs is None or n in outputs])
+            asked = [n for n in live if outputs is None or n in outputs]
+            out, kv = (pack(self.mot, tokens, kept, asked), {}) if packed else self.mot(tokens, kept, keep, asked)
             hidden |= out
             kept |= kv
         return hidden
@@ -195,11 +199,11 @@ class Model(nn.Module):
         hidden, _ = self.mot(self.embed(streams, inputs, noisy, cache), cache, outputs=flows)
         return {n: self.codec(n).velocity(hidden[n]) for n in flows}
 
-    def joint(self, inputs: Inputs, noisy: Mapping[str, Noisy], cache: Cache | None = None) -> dict[str, Tensor]:
+    def joint(self, inputs: Inputs, noisy: Mapping[str, Noisy], cache: Cache | None = None, packed: bool = False) -> dict[str, Tensor]:
         """One forward over all streams that are not in ``cache``: what each head predicts (``answer``)."""
         heads = [n for n in self.spec.heads if n not in (cache or {})]
         inputs = self.see(inputs, list(self.graph.owner))
-        hidden = self.run(inputs, noisy, cache, heads)
+        hidden = self.run(inputs, noisy, cache, heads, packed=packed)
         return {n: self.answer(n, hidden[n], inputs) for n in heads}
 
     def answer(self, head: str, hidden: Tensor, inputs: Inputs) -> Tensor:
@@ -211,16 +215,23 @@ class Model(nn.Module):
         return self.foresight[head].predict(hidden, inputs.latents)
 
     def losses(
-        self, inputs: Inputs, targets: Targets, noise: Mapping[str, Tensor], time: Mapping[str, Tensor], cache: Cache | None = None
+        self,
+        inputs: Inputs,
+        targets: Targets,
+        noise: Mapping[str, Tensor],
+        time: Mapping[str, Tensor],
+        cache: Cache | None = None,
+        packed: bool = False,
     ) -> dict[str, Tensor]:
         """Weighted sum ``loss`` and its terms, one per head.
 
         Args:
             noise: flow -> standard normal like its data; time: flow -> (B, T). Chunk steps at t = 1 are given and not scored.
+            packed: as in ``run``; the same numbers, faster where much is padding and the batch is long.
         """
         data = {n: self.data(n, targets) for n in self.spec.heads if n not in self.speech}
         noisy = {n: Noisy(interpolate(noise[n], data[n], time[n]), time[n]) for n in self.spec.flows}
-        predicted = self.joint(replace(inputs, clean={n: data[n] for n in noisy} | dict(inputs.clean)), noisy, cache)
+        predicted = self.joint(replace(inputs, clean={n: data[n] for n in noisy} | dict(inputs.clean)), noisy, cache, packed)
         terms = {}
         for name, head in self.spec.heads.items():
             if name in noisy:

@@ -64,6 +64,8 @@ class Recipe(Strict):
         prompt: template of the words; ``{instruction}`` is filled in.
         stride: frames between the starts of training chunks; 2 halves what has to be encoded.
         state_noise: standard deviation added to the normalised state, so that the policy looks rather than counts.
+        pack: whether the samples of a batch are laid end to end, so that padding and absent cameras are not computed. The same losses;
+            for a GPU and a thousand tokens or more in a batch, where attention then skips what belongs to other samples.
     """
 
     kind: Literal["policy"]
@@ -77,6 +79,7 @@ class Recipe(Strict):
     normalise_action: Kind = "quantile"
     stride: PositiveInt = 1
     state_noise: NonNegativeFloat = 0.0
+    pack: bool = False
     augment: Augment | None = Augment()
     cache: PrefixCache = PrefixCache()
     train: TrainConfig
@@ -166,7 +169,7 @@ class PolicyTask:
             own = self.module.vlm(self._prompt_stream).own(batch["ids"], batch["present"], (height, width))
             kv = KV(tuple(k for k, _ in layers), tuple(v for _, v in layers), batch["present"], own)
             cache = {self._prompt_stream: kv}
-        return self.module.losses(inputs, targets, noise, time, cache)
+        return self.module.losses(inputs, targets, noise, time, cache, self.recipe.pack)
 
     def _noise(self, targets: Targets) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Noise and time of every flow; the steps of a chunk that are settled before carry t = 1."""

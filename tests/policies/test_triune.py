@@ -179,6 +179,18 @@ def test_training_on_kept_prefixes_equals_the_joint_forward(recipe_tree: dict, t
         torch.testing.assert_close(losses[0][name], losses[1][name], rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("cache", [8.0, 1e-9])
+def test_packed_training_has_the_same_losses(cache: float, recipe_tree: dict, tmp_path: Path) -> None:
+    losses = []
+    for pack in (False, True):
+        task = PolicyTask(Recipe.model_validate({**recipe_tree, "augment": None, "pack": pack, "cache": {"limit_gb": cache}}), tmp_path)
+        assert (task.prefix is not None) == (cache == 8.0)
+        torch.manual_seed(0)
+        task.module.eval()
+        losses.append(task.losses(task.batch(0)))
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=0)
+
+
 def test_a_frozen_expert_is_bit_identical_after_training(recipe_tree: dict, tmp_path: Path) -> None:
     from triune.policies.train.loop import train
 
