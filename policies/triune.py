@@ -108,7 +108,7 @@ class TriunePolicy(Policy):
         padded = requests + requests[-1:] * missing
         inputs = self.inputs([r.observation for r in padded], past + past[-1:] * missing)
         drawn = [self._noise(r) for r in padded]
-        noise = {n: torch.from_numpy(np.stack([d[n] for d in drawn])).to(self.device) for n in drawn[0]}
+        noise = {n: torch.from_numpy(np.stack([d[n] for d in drawn])).to(self.device, non_blocking=True) for n in drawn[0]}
         encoded = time.perf_counter()
         if self.batch == 1:
             outputs = infer_again(self.model, inputs, noise, self.sessions[requests[0].session].memory, requests[0].observation.timestamp)
@@ -150,7 +150,7 @@ class TriunePolicy(Policy):
             slots = ids == self.image_token
             present[slots] = seen.repeat_interleave(int(slots[0].sum()) // len(views), dim=1).flatten()
         padded = np.pad(state, ((0, 0), (0, self.model.spec.state_dim - state.shape[1])))
-        return Inputs(images.to(self.device), ids.to(self.device), present.to(self.device), torch.from_numpy(padded).to(self.device))
+        return Inputs(images, ids, present, torch.from_numpy(padded)).each(lambda t: t.to(self.device, non_blocking=True))
 
     def _length(self, observation: Observation) -> int:
         """Tokens that the observation's prompt is padded to."""
