@@ -3,7 +3,7 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,9 @@ from .output import print_json, print_table
 
 def verify(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, or a run's folder.")],
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], typer.Option(help="What the weights are held in; auto as in other commands.")
+    ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Prove that a checkpoint acts as it was trained: files by their hashes, actions by its golden observations."""
@@ -20,7 +23,8 @@ def verify(
     from ..policies.checkpoint import verify as run
 
     found = read_checkpoint(checkpoint)
-    rows = [asdict(row) for row in run(found, load_policy(str(found.folder)))]
+    policy = load_policy(str(found.folder), precision=precision)
+    rows = [asdict(row) for row in run(found, policy, policy.dtype)]
     passed = all(row["passed"] for row in rows)
     if json:
         print_json({"checkpoint": str(checkpoint), "files": len(found.manifest.files), "rows": rows, "passed": passed})

@@ -44,6 +44,7 @@ MIN_GOLDEN = 4
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # largest difference, relative to the largest golden action
 MEND = "copy the checkpoint again from where it came, or train it anew"
 
+Dtype = Literal["float32", "bfloat16"]
 T = TypeVar("T", bound=Strict)
 
 
@@ -337,7 +338,7 @@ def find_checkpoint(path: str | Path) -> Path:
     )
 
 
-def verify(checkpoint: Checkpoint, policy: Policy, dtype: Literal["float32", "bfloat16"] = "float32") -> list[GoldenRow]:
+def verify(checkpoint: Checkpoint, policy: Policy, dtype: Dtype = "float32") -> list[GoldenRow]:
     """Ask ``policy`` (loaded from ``checkpoint``, computing in ``dtype``) the golden observations and compare its actions.
 
     Raises:

@@ -87,7 +87,7 @@ def convert(source: Path, out: Path, tokenizer: Path | None = None) -> Contract:
             source=_origin(source, config),
             graph=graph_info(spec),
         )
-        policy = from_checkpoint(read_checkpoint(folder))
+        policy = from_checkpoint(read_checkpoint(folder), precision="fp32")
         if policy.prompts([TEXT], 0)[0][0].tolist()[: len(ids := words(TEXT)["input_ids"])] != ids:
             raise UserError(f"the tokenizer {words.name_or_path} gives other tokens once it is saved; give another as --tokenizer FOLDER")
         write_golden(folder, policy, _observations(contract, felt))
@@ -128,7 +128,7 @@ def merge_checkpoint(source: Path, out: Path) -> None:
             source=checkpoint.info.source,
             graph=graph_info(whole),
         )
-        write_golden(folder, from_checkpoint(read_checkpoint(folder), device="cpu"), checkpoint.observations())
+        write_golden(folder, from_checkpoint(read_checkpoint(folder), precision="fp32", device="cpu"), checkpoint.observations())
 
 
 def _tokenizer(source: Path, name: str | None, given: Path | None) -> Any:

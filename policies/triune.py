@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,14 +17,18 @@ from ..data import ActionChunk, Contract, Normaliser, Observation, Statistics, V
 from ..data.transforms import Affine
 from ..errors import UserError
 from ..vla import Graph, Inputs, Model, Spec, build
-from ..vla.engine import Memory, infer, infer_again
+from ..vla.answers import Answers
+from ..vla.engine import Memory, cuda_graph, infer_again
 from ..vla.experts.pretrained import PromptEncoder
+from ..vla.narrow import narrow, narrows
 from ..vla.spec import PretrainedExpert
 from ..vla.weights import anchor
 from .base import Plan, Policy, Request
-from .checkpoint import Checkpoint, GraphInfo, read_checkpoint
+from .checkpoint import Checkpoint, Dtype, GraphInfo, read_checkpoint
 from .inputs import PlainPrompts, Settings
 from .tuning import merge, tune
+
+Precision = Literal["auto", "fp32", "bf16"]
 
 BATCH = 4
 """Observations per forward. Smaller batches are padded to it: fp32 products of few tokens differ with the batch size, and
@@ -76,35 +80,41 @@ class TriunePolicy(Policy):
                 "frames in between are not shown to it; make history.every and executed the same"
             )
         self.device = next(model.parameters()).device
+        self.dtype: Dtype = "bfloat16" if next(model.mot.parameters()).dtype == torch.bfloat16 else "float32"
+        self.answers = Answers(self.model, cuda_graph if self.device.type == "cuda" else None)
 
     def reset(self, session: str, seed: int) -> None:
         self.sessions[session] = _Session(seed)
 
     def plan(self, requests: list[Request]) -> list[Plan]:
-        """See ``Policy``.
+        """See ``Policy``. Requests whose prompts are padded to one length are answered together.
 
         Raises:
             UserError: a session was never reset, or an observation does not fit the contract.
         """
-        plans: list[Plan] = []
-        for start in range(0, len(requests), self.batch):
-            plans += self._plan(requests[start : start + self.batch])
-        return plans
+        lengths = [self._length(r.observation) for r in requests]
+        plans: dict[int, Plan] = {}
+        for length in sorted(set(lengths)):
+            asked = [i for i, needed in enumerate(lengths) if needed == length]
+            for start in range(0, len(asked), self.batch):
+                part = asked[start : start + self.batch]
+                plans |= zip(part, self._plan([requests[i] for i in part], length), strict=True)
+        return [plans[i] for i in range(len(requests))]
 
     @torch.no_grad()
-    def _plan(self, requests: list[Request]) -> list[Plan]:
+    def _plan(self, requests: list[Request], length: int) -> list[Plan]:
         began = time.perf_counter()
         past = [self.sessions[r.session].seen if r.session in self.sessions else [] for r in requests]
         missing = self.batch - len(requests)
         padded = requests + requests[-1:] * missing
         inputs = self.inputs([r.observation for r in padded], past + past[-1:] * missing)
         drawn = [self._noise(r) for r in padded]
-        noise = {n: torch.from_numpy(np.stack([d[n] for d in drawn])).to(self.device) for n in drawn[0]}
+        noise = {n: torch.from_numpy(np.stack([d[n] for d in drawn])).to(self.device, non_blocking=True) for n in drawn[0]}
         encoded = time.perf_counter()
         if self.batch == 1:
             outputs = infer_again(self.model, inputs, noise, self.sessions[requests[0].session].memory, requests[0].observation.timestamp)
         else:
-            outputs = infer(self.model, inputs, noise)
+            outputs = self.answers(inputs, noise, length)
         assert outputs.actions is not None
         for request in requests:
             session, frames = self.sessions[request.session], self.model.spec.history.frames
@@ -143,7 +153,14 @@ class TriunePolicy(Policy):
             slots = ids == self.image_token
             present[slots] = seen.repeat_interleave(int(slots[0].sum()) // len(views), dim=1).flatten()
         padded = np.pad(state, ((0, 0), (0, self.model.spec.state_dim - state.shape[1])))
-        return Inputs(images.to(self.device), ids.to(self.device), present.to(self.device), torch.from_numpy(padded).to(self.device))
+        return Inputs(images, ids, present, torch.from_numpy(padded)).each(lambda t: t.to(self.device, non_blocking=True))
+
+    def _length(self, observation: Observation) -> int:
+        """Tokens that the observation's prompt is padded to."""
+        _check(observation, self.contract)
+        state: np.ndarray = self.state.normalise(observation.state).astype(np.float32)
+        ids, present = self.prompts([self._text(observation, state)], self.model.spec.views)
+        return self.answers.length(ids[0], present[0])
 
     def _seen(self, observation: Observation) -> torch.Tensor:
         """The views of one observation, (V, 3, Y, X), cameras in the spec's order."""
@@ -206,23 +223,32 @@ def prompt_encoder(model: Model, settings: Settings | None = None) -> PromptEnco
     return PlainPrompts(model.vlm(name), stream.length, settings.words, (settings.resize.height, settings.resize.width))
 
 
-def load_policy(path: str | Path, cuts: tuple[tuple[str, str], ...] = ()) -> TriunePolicy:
+def load_policy(path: str | Path, cuts: tuple[tuple[str, str], ...] = (), precision: Precision = "auto") -> TriunePolicy:
     """The policy of a checkpoint or run folder, on a GPU when one is present.
 
     Args:
         cuts: edges ``(row, col)`` of the attention graph to do without, for an ablation.
+        precision: what its weights are held in; ``auto`` is bf16 on a GPU where every pretrained expert is known to be right in it, fp32
+            elsewhere.
 
     Raises:
-        UserError: no checkpoint there, a damaged one, or an edge to cut that does not exist.
+        UserError: no checkpoint there, a damaged one, an edge to cut that does not exist, or an expert that is not known to be right
+            in bf16.
     """
-    return from_checkpoint(read_checkpoint(path), cuts)
+    return from_checkpoint(read_checkpoint(path), cuts, precision)
 
 
-def from_checkpoint(checkpoint: Checkpoint, cuts: tuple[tuple[str, str], ...] = (), device: str | None = None) -> TriunePolicy:
+def from_checkpoint(
+    checkpoint: Checkpoint, cuts: tuple[tuple[str, str], ...] = (), precision: Precision = "auto", device: str | None = None
+) -> TriunePolicy:
     """The policy of a checkpoint that was read, on ``device`` or on a GPU when one is present."""
+    if precision not in get_args(Precision):
+        raise UserError(f"precision is one of {', '.join(get_args(Precision))}, not '{precision}'")
     settings = parse(Settings, checkpoint.info.settings, checkpoint.folder / "policy.json")
     model = load_model(checkpoint, spec_of(checkpoint).cut(*cuts))
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if precision == "bf16" or (precision == "auto" and next(model.parameters()).device.type == "cuda" and narrows(model)):
+        model = narrow(model)
     return TriunePolicy(model, checkpoint.contract, read_statistics(checkpoint), settings)
 
 

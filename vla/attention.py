@@ -54,6 +54,11 @@ def blocks(mask: Bool[Tensor, "#B 1 Tq Tk"]) -> BlockMask:
     return create_block_mask(lambda b, h, i, j: mask[b, 0, i, j], batch, None, rows, columns, device=str(mask.device))
 
 
+def sparse(mask: Bool[Tensor, "#B 1 Tq Tk"]) -> bool:
+    """Whether a forward is faster by ``blocks``."""
+    return mask.is_cuda and mask.shape[2] >= LONG
+
+
 @cache
 def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .flow import grid
+from .graph import Graph
 from .inputs import Inputs, Noisy, Outputs
 from .model import GENERATES, Model
 from .mot import KV, Cache, Clock, Pass
@@ -104,41 +105,68 @@ def infer_again(
     return _cloned(outputs)
 
 
+Record = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], object]]]
+"""From a call to its outputs and what computes them again, where they lie, from the same tensors of whatever they hold by then."""
+
+
+def cuda_graph(call: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], object]]:
+    """``Record`` by a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries make their plans and workspaces before the capture
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+    return outputs, graph.replay
+
+
+def unrecordable(graph: Graph) -> str | None:
+    """Why no call can be recorded; None where it can."""
+    for name, phase in graph.phases.items():
+        if phase.kind == "ar":
+            return f"phase '{name}' says words one by one, and the host waits for each"
+        if phase.period > 1:
+            return f"phase '{name}' runs at every call number {phase.period} only, so calls differ"
+    return None
+
+
 class Captured:
-    """``infer`` as one CUDA graph from frames to actions, for inputs of the shapes of an example.
+    """``infer`` recorded once and played from then on, for inputs of the shapes of an example: on CUDA one graph from frames to actions.
 
-    The prompt stream is padded to the spec's length, so a batch size needs one graph. A captured call is answered from the very
-    tensors of ``inputs`` that it was made with, into which each call copies its own. The weights must stay where they are.
-
-    Towers of Qwen-VL and SmolVLM read sizes back to the host (transformers 5.5) and cannot be recorded; give their prefixes in ``cache``.
-    Written for CUDA and not yet run on any: where this was made there was none. ``tests/gpu/test_graph.py`` says what must hold.
+    A captured call is answered from the very tensors that it was made with, into which each call copies its own. The weights must stay
+    where they are. What reads numbers back to the host runs before the graph (``Model.look``).
+    The CUDA graph has not been run yet: where this was made there was none. ``tests/gpu/test_graph.py`` says what must hold;
+    ``tests/vla/test_captured.py`` holds it for a recording of the same call on a CPU.
 
     Args:
         inputs: an example, on the device of the model.
         noise: an example.
         cache: streams computed before (frozen prefixes), which the graph reads where they lie and does not compute.
+        record: what records.
     """
 
-    def __init__(self, model: Model, inputs: Inputs, noise: Mapping[str, Tensor], cache: Cache | None = None) -> None:
-        self.inputs, self.noise = inputs.each(torch.clone), {n: t.clone() for n, t in noise.items()}
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries make their plans and workspaces before the capture
-            for _ in range(3):
-                infer(model, self.inputs, self.noise, cache)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = infer(model, self.inputs, self.noise, cache)
+    def __init__(
+        self, model: Model, inputs: Inputs, noise: Mapping[str, Tensor], cache: Cache | None = None, record: Record = cuda_graph
+    ) -> None:
+        self.model = model
+        self.inputs, self.noise = self._seen(inputs).each(torch.clone), {n: t.clone() for n, t in noise.items()}
+        self.outputs, self.replay = record(lambda: infer(model, self.inputs, self.noise, cache))
 
     def __call__(self, inputs: Inputs, noise: Mapping[str, Tensor]) -> Outputs:
         """As ``infer``."""
-        given = iter(inputs.tensors())
-        self.inputs.each(lambda held: held.copy_(next(given)))
-        for name, held in self.noise.items():
-            held.copy_(noise[name])
-        self.graph.replay()
+        given = [*self._seen(inputs).tensors(), *(noise[n] for n in self.noise)]
+        for held, new in zip([*self.inputs.tensors(), *self.noise.values()], given, strict=True):
+            assert held.shape == new.shape, f"captured for {tuple(held.shape)}, given {tuple(new.shape)}"
+            held.copy_(new, non_blocking=True)
+        self.replay()
         return _cloned(self.outputs)
+
+    @torch.inference_mode()
+    def _seen(self, inputs: Inputs) -> Inputs:
+        return self.model.look(inputs)
 
 
 class Plan:

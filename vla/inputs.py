@@ -19,6 +19,8 @@ class Inputs:
         features: stream -> (B, T, W), and which of them are there, (B, T) bool, where not all are.
         clean: stream -> data (B, T, X) of a flow that is given without noise.
         dropped: stream -> (B,) bool, True where a row goes without it (what guidance compares with).
+        seen: prompt -> its image tokens (B * V, T, D) and what is added to them after each of the first layers; made of ``images``
+            where absent.
     """
 
     images: UInt8[Tensor, "B V 3 Y X"] | Float[Tensor, "B V 3 Y X"] | None = None
@@ -29,13 +31,15 @@ class Inputs:
     features: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     clean: Mapping[str, Tensor] = field(default_factory=dict)
     dropped: Mapping[str, Tensor] = field(default_factory=dict)
+    seen: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
         """These inputs with every tensor changed."""
         whole = {n: change(t) for n, t in vars(self).items() if isinstance(t, Tensor)}
         features = {n: (change(x), None if there is None else change(there)) for n, (x, there) in self.features.items()}
         clean, dropped = ({n: change(t) for n, t in part.items()} for part in (self.clean, self.dropped))
-        return replace(self, **whole, features=features, clean=clean, dropped=dropped)
+        seen = {n: tuple(change(t) for t in parts) for n, parts in self.seen.items()}
+        return replace(self, **whole, features=features, clean=clean, dropped=dropped, seen=seen)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor, in the order of ``each``."""

@@ -1,6 +1,7 @@
 """A spec made runnable: embed the streams, run the backbone, read the heads."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from .heads import FlowCodec, StateEncoder, mlp
 from .inputs import Inputs, Noisy, Targets
 from .modules import ModuleDict
 from .mot import KV, Cache, MoT, Tokens
+from .packing import pack
 from .spec import DecoderExpert, FlowHead, LatentHead, PretrainedExpert, Spec, Stream, TimeFeatures, WordHead
 
 GENERATES = ("ar", "denoise")
@@ -111,6 +113,11 @@ class Model(nn.Module):
         views = [frames * self.spec.cameras.index(camera) + frames - 1 for camera in module.head.cameras]
         return replace(inputs, latents=module.encode(inputs.images[:, views]).to(next(module.parameters()).dtype))
 
+    def look(self, inputs: Inputs) -> Inputs:
+        """``inputs`` with the image tokens of every prompt whose vision tower waits for the host: the rest of a call does not."""
+        names = [n for n, s in self.spec.streams.items() if s.tokens == "prompt" and self.vlm(n).family.waits]
+        return inputs if inputs.images is None else replace(inputs, seen={n: self.vlm(n).look(inputs.images) for n in names})
+
     def presence(self, inputs: Inputs) -> dict[str, Tensor | None]:
         """Stream -> which of its tokens are there; None where all are."""
         out: dict[str, Tensor | None] = {n: inputs.present for n, s in self.spec.streams.items() if s.tokens in ("prompt", "words")}
@@ -118,6 +125,9 @@ class Model(nn.Module):
         for name, rows in inputs.dropped.items():
             here, length = out.get(name), self.spec.streams[name].length
             out[name] = ~rows[:, None].expand(-1, length) if here is None else here & ~rows[:, None]
+        for name, stream in self.spec.streams.items():  # what is made of padding is padding
+            if stream.tokens == "hidden" and name not in inputs.dropped:
+                out[name] = out.get(stream.of or "")
         return out
 
     def run(
@@ -127,6 +137,7 @@ class Model(nn.Module):
         cache: Cache | None = None,
         outputs: Sequence[str] | None = None,
         moved: Mapping[str, Tensor] | None = None,
+        packed: bool = False,
     ) -> dict[str, Tensor]:
         """One joint forward over all streams that are not in ``cache``, as in training: final hidden states of ``outputs``.
 
@@ -134,6 +145,7 @@ class Model(nn.Module):
 
         Args:
             moved: stream -> what is added to its embeddings (the gradient probe moves tokens so).
+            packed: whether the samples are laid end to end (``packing.py``).
         """
         moved = moved or {}
         kept = {n: _moved_context(kv, moved.get(n)) for n, kv in self.contexts(inputs).items()} | dict(cache or {})
@@ -146,7 +158,8 @@ class Model(nn.Module):
             keep = [n for n in live if self.graph.informs(n, later) or any((row, n) in self.graph.edges for row in later)]
             tokens = self.embed(live, inputs, noisy, kept)
             tokens = {n: replace(t, x=t.x + moved[n]) if n in moved else t for n, t in tokens.items()}
-            out, kv = self.mot(tokens, kept, keep, [n for n in live if outputs is None or n in outputs])
+            asked = [n for n in live if outputs is None or n in outputs]
+            out, kv = (pack(self.mot, tokens, kept, asked), {}) if packed else self.mot(tokens, kept, keep, asked)
             hidden |= out
             kept |= kv
         return hidden
@@ -186,11 +199,11 @@ class Model(nn.Module):
         hidden, _ = self.mot(self.embed(streams, inputs, noisy, cache), cache, outputs=flows)
         return {n: self.codec(n).velocity(hidden[n]) for n in flows}
 
-    def joint(self, inputs: Inputs, noisy: Mapping[str, Noisy], cache: Cache | None = None) -> dict[str, Tensor]:
+    def joint(self, inputs: Inputs, noisy: Mapping[str, Noisy], cache: Cache | None = None, packed: bool = False) -> dict[str, Tensor]:
         """One forward over all streams that are not in ``cache``: what each head predicts (``answer``)."""
         heads = [n for n in self.spec.heads if n not in (cache or {})]
         inputs = self.see(inputs, list(self.graph.owner))
-        hidden = self.run(inputs, noisy, cache, heads)
+        hidden = self.run(inputs, noisy, cache, heads, packed=packed)
         return {n: self.answer(n, hidden[n], inputs) for n in heads}
 
     def answer(self, head: str, hidden: Tensor, inputs: Inputs) -> Tensor:
@@ -225,16 +238,18 @@ class Model(nn.Module):
         time: Mapping[str, Tensor],
         cache: Cache | None = None,
         shares: Mapping[str, float] | None = None,
+        packed: bool = False,
     ) -> dict[str, Tensor]:
         """Weighted sum ``loss`` and its terms, one per head.
 
         Args:
             noise: flow -> standard normal like its data; time: flow -> (B, T). Chunk steps at t = 1 are given and not scored.
             shares: flow -> factor on its term, where these are some rows of a larger batch.
+            packed: as in ``run``; the same numbers, faster where much is padding and the batch is long.
         """
         data = {n: self.data(n, targets) for n in self.spec.heads if n not in self.speech}
         noisy = {n: Noisy(interpolate(noise[n], data[n], time[n]), time[n]) for n in self.spec.flows}
-        predicted = self.joint(replace(inputs, clean={n: data[n] for n in noisy} | dict(inputs.clean)), noisy, cache)
+        predicted = self.joint(replace(inputs, clean={n: data[n] for n in noisy} | dict(inputs.clean)), noisy, cache, packed)
         terms = {}
         for name, head in self.spec.heads.items():
             if name in noisy:
@@ -287,6 +302,15 @@ class Model(nn.Module):
         first = [*self.actions, *(n for n in self.spec.flows if n not in self.actions)]
         return {n: (self.spec.streams[n].length, self.codec(n).out.out_features) for n in first}
 
+    def shortened(self, length: int) -> "Model":
+        """The same modules for prompts of ``length`` tokens, and for streams made of their hidden states."""
+        out, mot = copy(self), copy(self.mot)
+        out._modules = dict(self._modules)
+        out.spec = self.spec.shortened(length)
+        mot.graph = out.graph = Graph(out.spec)
+        out.mot = mot
+        return out
+
     def vlm(self, stream: str) -> PretrainedVLM:
         """The expert of a prompt stream."""
         expert = self.mot.experts[self.graph.owner[stream]]
@@ -321,7 +345,7 @@ class Model(nn.Module):
         stream, empty = self.spec.streams[name], torch.empty(0)
         if stream.tokens == "prompt":
             assert inputs.images is not None and inputs.ids is not None, f"stream {name} needs images and prompt ids"
-            prompt = self.vlm(name).embed(inputs.images, inputs.ids, inputs.present)
+            prompt = self.vlm(name).embed(inputs.images, inputs.ids, inputs.present, inputs.seen.get(name))
             scale = prompt.x.shape[-1] ** 0.5 if stream.scale == "sqrt_width" else 1.0
             return Tokens(prompt.x * scale, empty, inject=prompt.inject, own=prompt.own)
         if stream.tokens in ("actions", "frames"):

@@ -1,6 +1,6 @@
 """The Mixture-of-Transformers loop: in every step each expert projects its own tokens, all attend once, each finishes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
-from .attention import LONG, attend, bias, blocks
+from .attention import attend, bias, blocks, sparse
 from .experts.base import Context, Expert
 from .experts.decoder import Decoder
 from .experts.ready import Ready, ReadyDecoder, suits
@@ -29,6 +29,7 @@ class Tokens:
         time: flow time (B, T), where the expert is conditioned on it.
         inject: (B, T, D) each, added after the first, second, ... layer (DeepStack).
         own: positions that the stream's expert counted in its own way.
+        first: positions at which the stream begins, where tokens of several samples share a row.
     """
 
     x: Tensor
@@ -37,6 +38,7 @@ class Tokens:
     time: Tensor | None = None
     inject: tuple[Tensor, ...] = ()
     own: Own | None = None
+    first: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class KV:
 
 
 Cache = Mapping[str, KV]
+Mask = Callable[[Sequence[str], Sequence[str], Edges], Tensor]
+"""Rows, columns and the edges that hold -> what may be read, as ``Graph.mask``."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,18 @@ class Pass:
     Args:
         tokens: the live streams; of their embeddings only the shapes count.
         clocks: live stream -> its flow time in each run.
+        mask: in place of the graph's, where tokens of several samples share a row (``packing.py``).
     """
 
-    def __init__(self, mot: MoT, tokens: Mapping[str, Tokens], cache: Cache, clocks: Mapping[str, Clock] | None = None) -> None:
-        self.graph, self.experts, self.tokens, self.cache = mot.graph, mot.experts, tokens, cache
+    def __init__(
+        self,
+        mot: MoT,
+        tokens: Mapping[str, Tokens],
+        cache: Cache,
+        clocks: Mapping[str, Clock] | None = None,
+        mask: Mask | None = None,
+    ) -> None:
+        self.graph, self.experts, self.tokens, self.cache, self.mask = mot.graph, mot.experts, tokens, cache, mask
         self.owner, self.still, self.again = mot.graph.owner, clocks is not None, mot.checkpointing
         live = {e: [n for n in self.owner if n in tokens and self.owner[n] == e] for e in mot.experts}
         self.live = {e: names for e, names in live.items() if names}
@@ -265,7 +277,12 @@ class Pass:
         for (adapter, _, _, detached), members in groups.items():
             x = self.tokens[members[0]].x
             read = [c for c in cols if any((r, c) in step.edges or r == c for r in members)]
-            mask = self.graph.mask(members, read, present, x.device, step.edges) if read else None
+            if not read:
+                mask = None
+            elif self.mask is not None:
+                mask = self.mask(members, read, step.edges)
+            else:
+                mask = self.graph.mask(members, read, present, x.device, step.edges)
             out.append(_Group(members, read, adapter, detached, None if mask is None else self._quick(mask, x)))
         return out
 
@@ -273,7 +290,7 @@ class Pass:
         """A mask as it is fastest to apply."""
         if self.still:
             return bias(mask, x.dtype)
-        return blocks(mask) if mask.is_cuda and mask.shape[2] >= LONG else mask
+        return blocks(mask) if sparse(mask) else mask
 
     def _ready(self, expert: str, clocks: Mapping[str, Clock] | None) -> Ready:
         """An expert with what it needs of positions and flow times."""
@@ -373,7 +390,7 @@ def _joined_positions(streams: list[Tokens]) -> Tensor:
 
 def _from_zero(stream: Tokens) -> Tokens:
     """The stream with positions that count from its own start."""
-    return replace(stream, positions=stream.positions - stream.positions[..., :1])
+    return replace(stream, positions=stream.positions - (stream.positions[..., :1] if stream.first is None else stream.first))
 
 
 def _joined_inject(streams: list[Tokens]) -> list[Tensor]:

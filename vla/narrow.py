@@ -21,12 +21,9 @@ def narrow(model: Model) -> Model:
     Raises:
         UserError: a pretrained expert's architecture is not known to be right in bf16 (``Family.narrows``).
     """
-    for name, expert in model.mot.experts.items():
-        if isinstance(expert, PretrainedVLM) and not expert.family.narrows:
-            kind = expert.model.config.model_type
-            raise UserError(
-                f"{model.spec.name}: expert '{name}' is a '{kind}' model, not known to be right in bf16; keep this model in fp32"
-            )
+    for name in _not_known(model):
+        kind = cast(PretrainedVLM, model.mot.experts[name]).model.config.model_type
+        raise UserError(f"{model.spec.name}: expert '{name}' is a '{kind}' model, not known to be right in bf16; keep this model in fp32")
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     patches_as_products(model)
@@ -38,6 +35,16 @@ def narrow(model: Model) -> Model:
                 for part in expert.layers:
                     _pack_layer(cast(DecoderLayer, part))
     return model
+
+
+def narrows(model: Model) -> bool:
+    """Whether ``narrow`` takes the model."""
+    return not _not_known(model)
+
+
+def _not_known(model: Model) -> list[str]:
+    """Pretrained experts of families that were not tried in bf16."""
+    return [n for n, expert in model.mot.experts.items() if isinstance(expert, PretrainedVLM) and not expert.family.narrows]
 
 
 def patches_as_products(module: nn.Module) -> None:
@@ -97,8 +104,9 @@ def _pack(module: nn.Module) -> None:
 
 def _pack_layer(part: DecoderLayer) -> None:
     """Pack the products of our own layer, and q, k and v once more as the one that ``ReadyDecoder`` uses."""
-    if part.q.in_features == part.k.in_features == part.v.in_features:
-        part.qkv = Packed(torch.cat([part.q.weight, part.k.weight, part.v.weight]))
-    for name in ("q", "k", "v", "o", "gate_up", "down"):
-        child = getattr(part, name)
-        setattr(part, name, Packed(child.weight, child.bias))
+    own = [child for name, child in part.named_children() if name in ("q", "k", "v")]  # a layer that reads hidden states instead has none
+    if len({child.in_features for child in own}) == 1 and own[0].bias is None:
+        part.qkv = Packed(torch.cat([child.weight for child in own]))
+    for name, child in list(part.named_children()):
+        if type(child) is nn.Linear:
+            setattr(part, name, Packed(child.weight, child.bias))

@@ -490,6 +490,17 @@ class Spec(Strict):
             del tree["edges"][row][col]
         return parse(Spec, tree, f"{self.name} with cuts")
 
+    def shortened(self, length: int) -> "Spec":
+        """This spec with prompts of ``length`` tokens, and as many where a stream is made of their hidden states."""
+        streams: dict[str, Stream] = {}
+        for name, stream in self.streams.items():
+            streams[name] = stream.model_copy(update={"length": length}) if self._of_prompt(name) else stream
+        return self.model_copy(update={"streams": streams})
+
+    def _of_prompt(self, name: str) -> bool:
+        stream = self.streams[name]
+        return stream.tokens == "prompt" or (stream.tokens == "hidden" and self._of_prompt(stream.of or ""))
+
 
 def load_spec(name: str, overrides: list[str] | None = None) -> Spec:
     """The spec in ``configs/model/<name>.yaml`` or in a YAML file given by path.

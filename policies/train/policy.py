@@ -64,6 +64,8 @@ class Recipe(Strict):
         hold_out: share of each task's episodes that are never trained on; every ``train.validate_every`` steps the loss and the error
             of whole predicted chunks are measured on ``validation_batches`` batches of them.
         workers: threads that decode images ahead, where they do not fit into ``cache.images_gb``.
+        pack: whether the samples of a batch are laid end to end, so that padding and absent cameras are not computed. The same losses;
+            for a GPU and a thousand tokens or more in a batch, where attention then skips what belongs to other samples.
     """
 
     kind: Literal["policy"]
@@ -82,6 +84,7 @@ class Recipe(Strict):
     relative: tuple[str, ...] = ()
     stride: PositiveInt = 1
     state_noise: NonNegativeFloat = 0.0
+    pack: bool = False
     augment: Augment | None = Augment()
     cache: Cache = Cache()
     experts: dict[str, Tuning] = {}
@@ -182,7 +185,7 @@ class PolicyTask:
             own = self.module.vlm(self._prompt_stream).own(batch["ids"], batch["present"], self._size)
             kv = KV(tuple(k for k, _ in layers), tuple(v for _, v in layers), batch["present"], own)
             cache = {self._prompt_stream: kv}
-        return self.module.losses(inputs, targets, noise, time, cache, shares)
+        return self.module.losses(inputs, targets, noise, time, cache, shares, self.recipe.pack)
 
     def validate(self) -> dict[str, Any]:
         """Held-out losses; the error of predicted chunks, absolute and in network units, whole and per step; and per action in its unit."""
@@ -230,7 +233,7 @@ class PolicyTask:
             base=None if complete or self.base is None else self.base.folder,
             experts={} if complete else self.recipe.experts,
         )
-        policy = from_checkpoint(read_checkpoint(folder), device="cpu")
+        policy = from_checkpoint(read_checkpoint(folder), precision="fp32", device="cpu")
         write_golden(folder, policy, self._golden_observations())
 
     # what a batch is made of ----------------------------------------------------------------------------------------
@@ -308,7 +311,7 @@ class PolicyTask:
         still = sorted({".".join(n.split(".")[1:3]) for n, p in self._own().items() if not p.requires_grad})
         if still:
             raise UserError(
-                f"{', '.join(still)} would stay random: what does not learn, or learns by adapters, must come from a checkpoint; name one as "
+                f"{', '.join(still)} would stay random: what does not learn, or learns by adapters, must come from a checkpoint; name it as "
                 "init, or let it learn"
             )
 

@@ -202,6 +202,33 @@ def test_a_converted_policy_acts_as_lerobot_does(kind: str, released: Any, conve
     assert np.abs(np.concatenate(source.answers)).max() < 50  # so it is below 5e-5 in units of the actions
 
 
+def test_prompts_of_one_call_are_padded_to_lengths_of_their_own(converted: Any) -> None:
+    policy = load_policy(converted("pi05"))
+    observations = [o for case in CASES for o in case]
+    lengths = [policy._length(o) for o in observations]
+    assert len(set(lengths)) > 1 and max(lengths) <= policy.answers.full
+    asked = [Request(str(number), o) for number, o in enumerate(observations)]
+    for request in asked:
+        policy.reset(request.session, seed=0)
+    together = [plan.chunk.actions for plan in policy.plan(asked)]
+    for request, chunk in zip(asked, together, strict=True):
+        policy.reset(request.session, seed=0)
+        np.testing.assert_array_equal(policy.act(request).chunk.actions, chunk)
+
+
+def test_weights_may_be_held_in_bf16(converted: Any) -> None:
+    found = read_checkpoint(converted("pi0"))
+    exact, narrow = load_policy(found.folder), load_policy(found.folder, precision="bf16")
+    assert (exact.dtype, narrow.dtype) == ("float32", "bfloat16")
+    rows = verify(found, narrow, narrow.dtype)
+    assert all(row.passed for row in rows) and max(row.error for row in rows) > 0
+    assert not all(row.passed for row in verify(found, narrow, "float32"))
+    with pytest.raises(UserError, match="'und' is a 'smolvlm' model, not known to be right in bf16"):
+        load_policy(converted("smolvla"), precision="bf16")
+    with pytest.raises(UserError, match="precision is one of auto, fp32, bf16, not 'half'"):
+        load_policy(found.folder, precision="half")  # type: ignore[arg-type]
+
+
 def settings(policy: TriunePolicy, part: str, **changes: Any) -> None:
     found = getattr(policy.settings, part).model_copy(update=changes)
     policy.settings = policy.settings.model_copy(update={part: found})

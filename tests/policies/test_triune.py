@@ -10,11 +10,14 @@ import yaml
 
 from triune import UserError
 from triune.config import merge
-from triune.data import Observation
+from triune.data import Observation, Statistics
 from triune.policies import Request, TriunePolicy, load_policy, read_checkpoint, verify
 from triune.policies.train.policy import PolicyTask, Recipe
 from triune.policies.train.recipe import run
 from triune.policies.train.team import Part
+from triune.vla.answers import Answers
+
+from ..tape import taped
 
 SIDE = 32
 
@@ -67,6 +70,27 @@ def test_answers_do_not_depend_on_who_else_asks(policy: TriunePolicy) -> None:
     together = answer(policy, [1, 2, 3, 4, 5])
     for i, seed in enumerate([1, 2, 3, 4, 5]):
         np.testing.assert_array_equal(answer(policy, [seed])[0], together[i])
+
+
+def test_answers_do_not_depend_on_the_prompt_stream(checkpoint: Path, policy: TriunePolicy) -> None:
+    """A stream with room for more words pads this prompt further, or in two lengths, and neither moves the actions."""
+    found = read_checkpoint(checkpoint)
+    statistics = {key: Statistics.model_validate(value) for key, value in found.statistics.items()}
+    longer = TriunePolicy(policy.model.shortened(60), policy.contract, statistics)
+    plain, padded = policy._length(observation()), longer._length(observation())
+    assert plain == 24 < padded < 60
+    for ours, theirs in zip(answer(longer, [1, 2, 3]), answer(policy, [1, 2, 3]), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_recorded_policy_answers_the_same(policy: TriunePolicy) -> None:
+    """What a GPU does with a CUDA graph, here with a tape."""
+    plain = answer(policy, [1, 2, 3, 4, 5])
+    policy.answers = Answers(policy.model, taped)
+    for ours, theirs in zip(answer(policy, [1, 2, 3, 4, 5]), plain, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(answer(policy, [5])[0], plain[4])
+    assert len(policy.answers.graphs) == 1
 
 
 def test_noise_is_keyed_by_seed_and_step(policy: TriunePolicy) -> None:
@@ -122,6 +146,18 @@ def test_training_on_kept_prefixes_equals_the_joint_forward(recipe_tree: dict, t
         losses.append(task.losses(task.batch(Part(0))))
     for name in losses[0]:
         torch.testing.assert_close(losses[0][name], losses[1][name], rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("cache", [8.0, 1e-9])
+def test_packed_training_has_the_same_losses(cache: float, recipe_tree: dict, tmp_path: Path) -> None:
+    losses = []
+    for pack in (False, True):
+        task = PolicyTask(Recipe.model_validate({**recipe_tree, "augment": None, "pack": pack, "cache": {"limit_gb": cache}}), tmp_path)
+        assert (task.prefix is not None) == (cache == 8.0)
+        torch.manual_seed(0)
+        task.module.eval()
+        losses.append(task.losses(task.batch(0)))
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=0)
 
 
 def test_a_frozen_expert_is_bit_identical_after_training(recipe_tree: dict, tmp_path: Path) -> None:

@@ -153,13 +153,15 @@ def test_answers_may_be_learned_from(make_spec) -> None:
     assert weight.grad is not None
 
 
-def test_a_narrow_model_answers_nearly_the_same() -> None:
-    model = build(load_spec("small_60m_tiny")).eval()
+@pytest.mark.parametrize("name", ["small_60m_tiny", "pi0_tiny", "groot_n17_tiny", "twinbrain_tiny", "fastwam_tiny"])
+def test_a_narrow_model_answers_nearly_the_same(name: str) -> None:
+    """Also where layers read hidden states and have no keys, norms are of other kinds, and projections have biases."""
+    model = build(load_spec(name)).eval()
     data = probe(model)
     exact = infer(model, data.inputs, data.noise).actions
     answer = infer(narrow(model), data.inputs, data.noise).actions
-    assert answer.dtype == exact.dtype and (answer - exact).norm() < 0.05 * (exact - data.noise["action"]).norm()
-    assert model.vlm("obs").model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+    assert answer.dtype == exact.dtype and 0 < (answer - exact).norm() < 0.02 * (exact - data.noise["action"]).norm()
+    assert all(buffer.dtype != torch.bfloat16 for buffer in model.buffers())
 
 
 def test_what_is_not_known_to_be_right_in_bf16_is_refused() -> None:

@@ -7,12 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from triune import UserError
 from triune.vla import build, load_spec
+from triune.vla.engine import Captured, infer
 from triune.vla.experts import PretrainedVLM
 from triune.vla.experts.families import FAMILIES, Seen, flat_patches, positions
 from triune.vla.model import sketch
+from triune.vla.narrow import narrow
 from triune.vla.proofs import TOLERANCE, cache_equivalence, expert_parity, gradient_probe, probe
 from triune.vla.spec import PretrainedExpert
+
+from ..tape import taped
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
@@ -100,6 +105,37 @@ def test_the_graph_holds_around_it(spec) -> None:
     model = build(spec)
     assert gradient_probe(model, tokens_per_stream=1) == []
     assert cache_equivalence(model) < TOLERANCE
+
+
+def test_weights_in_bf16_change_no_more_than_rounding_does(family, spec) -> None:
+    """Image tokens, and keys and values of a prompt, beside the same weights rounded and computed with in fp32."""
+    exact, rounded, held = (build(spec).eval() for _ in range(3))
+    if family[0] == "idefics3":
+        with pytest.raises(UserError, match="not known to be right in bf16"):
+            narrow(held)
+        return
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    data = probe(exact)
+    read = []
+    for model in (exact, rounded, narrow(held)):
+        with torch.no_grad():
+            inputs = replace(data.inputs, state=data.inputs.state.to(next(model.mot.parameters()).dtype))
+            kept = model.observe(inputs)[0]["obs"]
+            read.append([t.float() for t in (*model.vlm("obs").look(data.inputs.images), *kept.keys, *kept.values)])
+    for right, near, found in zip(*read, strict=True):
+        assert (found - right).norm() < 5 * (near - right).norm() < 0.1 * right.norm()
+
+
+def test_a_call_around_it_can_be_recorded(family, spec) -> None:
+    """Its tower too, unless it ``waits``: then the tape refuses it."""
+    model = build(spec).eval()
+    first, second = probe(model, seed=0), probe(model, seed=1)
+    captured = Captured(model, first.inputs, first.noise, record=taped)
+    assert torch.equal(captured(second.inputs, second.noise).actions, infer(model, second.inputs, second.noise).actions)
+    if model.vlm("obs").family.waits:
+        with pytest.raises(AssertionError, match="a graph cannot hold"):
+            taped(lambda: infer(model, first.inputs, first.noise))
 
 
 def test_deepstack_left_out_is_noticed(family, spec, monkeypatch: pytest.MonkeyPatch) -> None:

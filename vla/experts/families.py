@@ -45,6 +45,7 @@ class Family:
         axes: rotary axes; with 3 an image's tokens have a time, a row and a column, and the next token follows the larger side.
         bidirectional: whether a prompt's tokens read each other both ways (a prefix LM).
         narrows: whether its modules were tried with weights in bf16 and are right. SmolVLM's are not: see ``PretrainedVLM``.
+        waits: whether its vision tower reads numbers back to the host (transformers 5.5), so that no CUDA graph can hold it.
         mean, std: of the published processors' image normalisation.
     """
 
@@ -56,6 +57,7 @@ class Family:
     axes: int = 1
     bidirectional: bool = False
     narrows: bool = False
+    waits: bool = False
     mean: Triple = HALF
     std: Triple = HALF
 
@@ -176,6 +178,7 @@ _SMOLVLM = Family(
     grid=_grid(lambda c: c.vision_config.patch_size * c.scale_factor),
     alone=_views,
     phase=_plain_phase,
+    waits=True,
 )
 _PALIGEMMA = Family(
     text=lambda model: model.model.language_model,
@@ -184,6 +187,7 @@ _PALIGEMMA = Family(
     alone=_prefix_views,
     phase=_plain_phase,
     bidirectional=True,
+    narrows=True,
 )
 _COHERE = Family(
     text=lambda model: model.model.language_model,
@@ -199,6 +203,7 @@ _INTERNVL = Family(
     grid=_grid(lambda c: c.vision_config.patch_size[0] / c.downsample_ratio),
     alone=_flat_views,
     phase=_plain_phase,
+    narrows=True,
     mean=IMAGENET[0],
     std=IMAGENET[1],
 )
@@ -209,6 +214,8 @@ _QWEN3_VL = Family(
     alone=_qwen_views,
     phase=_plain_phase,
     axes=3,
+    narrows=True,
+    waits=True,
 )
 _QWEN2_5_VL = Family(
     text=_QWEN3_VL.text,
@@ -217,6 +224,8 @@ _QWEN2_5_VL = Family(
     alone=_qwen_views,
     phase=_sectioned_phase,
     axes=3,
+    narrows=True,
+    waits=True,
     mean=CLIP[0],
     std=CLIP[1],
 )

@@ -70,15 +70,25 @@ class PretrainedVLM(Expert):
         """Pixels from 0 to 255 as the family's processor makes them."""
         return (images.float() / 255 - self.mean) / self.std
 
-    def embed(
-        self, images: UInt8[Tensor, "B V 3 Y X"] | Float[Tensor, "B V 3 Y X"], ids: Int[Tensor, "B T"], present: Bool[Tensor, "B T"] | None
-    ) -> Prompt:
-        """Prompt embeddings: text tokens, with the image tokens of the V views put in their places in order."""
+    def look(self, images: UInt8[Tensor, "B V 3 Y X"] | Float[Tensor, "B V 3 Y X"]) -> tuple[Tensor, ...]:
+        """Image tokens (B * V, T, D), and what is added to them after each of the first layers."""
         seen = self.family.images(self.model, self.normalise(images.flatten(0, 1)))
+        return (seen.tokens, *seen.inject)
+
+    def embed(
+        self,
+        images: UInt8[Tensor, "B V 3 Y X"] | Float[Tensor, "B V 3 Y X"],
+        ids: Int[Tensor, "B T"],
+        present: Bool[Tensor, "B T"] | None,
+        seen: tuple[Tensor, ...] | None = None,
+    ) -> Prompt:
+        """Prompt embeddings: text tokens, with the image tokens of the V views (``look``, unless ``seen`` before) put in their places
+        in order."""
+        tokens, *added = self.look(images) if seen is None else seen
         slots = ids == self.image_token
         text = self.family.text(self.model).embed_tokens(torch.where(slots, 0, ids))  # an image's id may lie outside the vocabulary
-        x = text.masked_scatter(slots[..., None], seen.tokens.to(text.dtype))
-        inject = tuple(torch.zeros_like(text).masked_scatter(slots[..., None], part.to(text.dtype)) for part in seen.inject)
+        x = text.masked_scatter(slots[..., None], tokens.to(text.dtype))
+        inject = tuple(torch.zeros_like(text).masked_scatter(slots[..., None], part.to(text.dtype)) for part in added)
         return Prompt(x, inject, self.own(ids, present, (images.shape[-2], images.shape[-1])))
 
     def own(self, ids: Int[Tensor, "B T"], present: Bool[Tensor, "B T"] | None, size: tuple[int, int]) -> Own | None:
