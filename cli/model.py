@@ -77,17 +77,20 @@ def score(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a released lerobot policy: pi0, pi0.5 or SmolVLA.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a released policy: of lerobot, or of openpi's PyTorch.")],
     out: Annotated[Path, typer.Argument(help="The checkpoint to write; must not be there yet.")],
+    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What an openpi folder does not tell.")] = None,
+    config: Annotated[str | None, typer.Option(help="The same from configs/openpi or a YAML file.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder with the tokenizer, where the hub's cache does not hold it.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Write a lerobot policy as a checkpoint that gives the same actions from the same noise."""
+    """Write a released policy as a checkpoint that gives the same actions from the same noise."""
     from ..policies.convert import convert as run
 
-    contract = run(source, out, tokenizer)
+    contract = run(source, out, tokenizer, config, changes)
     if json:
         print_json({"checkpoint": str(out), "contract": contract.model_dump(mode="json")})
     else:
         sizes = (", ".join(contract.camera_names), contract.state.size, contract.action.size, contract.chunk, contract.executed)
-        print_table(str(out), ["cameras", "state", "action", "chunk", "executed"], [sizes])
+        said = (contract.action.mode or "unknown", contract.rate or "unknown")
+        print_table(str(out), ["cameras", "state", "action", "chunk", "executed", "actions are", "Hz"], [(*sizes, *said)])

@@ -93,5 +93,34 @@ class Affine(Strict):
         return (values.astype(np.float32) - np.float32(self.bias)) * scale + shift
 
 
+class Relative(Strict):
+    """Actions counted from the state in which their chunk begins.
+
+    Attributes:
+        state_of: for each action dimension the state dimension that is subtracted from it, or None where it stays as it is.
+    """
+
+    state_of: tuple[int | None, ...]
+
+    def apply(self, action: Array, state: Array) -> Array:
+        """Actions (..., C, A) less the state (..., S) of their chunk."""
+        return action - self._origin(action, state)
+
+    def undo(self, action: Array, state: Array) -> Array:
+        """The inverse of ``apply``."""
+        return action + self._origin(action, state)
+
+    def _origin(self, action: Array, state: Array) -> Array:
+        """What each dimension is counted from, (..., 1, A)."""
+        if action.shape[-1] != len(self.state_of):
+            raise UserError(f"actions of {action.shape[-1]} numbers meet {len(self.state_of)} that are told what they are relative to")
+        chosen = [0 if i is None else i for i in self.state_of]
+        origin = state[..., chosen]
+        for place, index in enumerate(self.state_of):
+            if index is None:
+                origin[..., place] = 0
+        return origin[..., None, :]
+
+
 SMALLEST_SCALE = 1e-4
 """Half the range, or the standard deviation, that still counts as varying."""

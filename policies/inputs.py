@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import Strict
+from ..data.transforms import Relative
 from ..errors import UserError
 from ..vla.experts.pretrained import PretrainedVLM
 
@@ -20,20 +21,29 @@ class Resize(Strict):
 
     Attributes:
         at: where the picture then lies: in the ``centre`` (of an odd rest the larger half comes after it), or at the ``bottom_right``.
+        filter: ``bilinear`` takes four pixels and does not round; ``pillow`` is Pillow's, which takes all that shrink into one and rounds.
     """
 
     height: PositiveInt
     width: PositiveInt
     at: Literal["centre", "bottom_right"] = "centre"
+    filter: Literal["bilinear", "pillow"] = "bilinear"
 
     def __call__(self, image: UInt8[Tensor, "3 Y X"]) -> Float[Tensor, "3 H W"]:
-        """Pixels from 0 to 255, not rounded."""
+        """Pixels from 0 to 255."""
         ratio = max(image.shape[2] / self.width, image.shape[1] / self.height)
         size = (int(image.shape[1] / ratio), int(image.shape[2] / ratio))
-        scaled = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
+        scaled = _pillow(image, size) if self.filter == "pillow" else F.interpolate(image[None].float(), size, mode="bilinear")[0]
         below, right = self.height - size[0], self.width - size[1]
         above, left = (below // 2, right // 2) if self.at == "centre" else (below, right)
         return F.pad(scaled, (left, right - left, above, below - above))
+
+
+def _pillow(image: UInt8[Tensor, "3 Y X"], size: tuple[int, int]) -> Float[Tensor, "3 H W"]:
+    from PIL import Image
+
+    scaled = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(scaled)).permute(2, 0, 1).float()
 
 
 class Words(Strict):
@@ -61,10 +71,11 @@ class Words(Strict):
 
 class Settings(Strict):
     """What ``settings`` in ``policy.json`` says. Without ``resize`` images must have the contract's size; without ``words`` the model
-    folder's own processor makes the prompt."""
+    folder's own processor makes the prompt; ``relative``: which actions the state is added to."""
 
     resize: Resize | None = None
     words: Words | None = None
+    relative: Relative | None = None
 
     @model_validator(mode="after")
     def _sized(self) -> "Settings":
