@@ -177,7 +177,7 @@ def _vector(what: str, wanted: int | Sequence[str] | None, row: _Row, known: Tra
     """Names and normalisation of a state or action: openpi cuts off the statistics of numbers that a robot does not have."""
     bounds = (row.q01, row.q99) if known.normalisation == "quantile" else (row.mean, row.std)
     size = wanted if isinstance(wanted, int) else len(wanted or row.mean)
-    if bounds[0] is None or bounds[1] is None or min(len(bounds[0]), len(bounds[1])) < size:
+    if not (bounds[0] and bounds[1]) or min(len(bounds[0]), len(bounds[1])) < size:
         way_out = f"correct {what}=..., or give another asset"
         raise UserError(f"{file} has no {known.normalisation} statistics of {size} numbers for {what}; {way_out}")
     low, high = (np.array(bound[:size]) for bound in bounds)
