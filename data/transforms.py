@@ -76,21 +76,31 @@ class Normaliser:
 
 class Affine(Strict):
     """``(x - shift) / scale + bias`` per dimension, in fp32 and in this order: normalisation that is given rather than derived from
-    statistics. Its numbers round as those of the network's origin did, so a value at the end of a range stays there."""
+    statistics. Its numbers round as those of the network's origin did, so a value at the end of a range stays there.
 
-    shift: Row
-    scale: Row
+    Attributes:
+        shift, scale: one number per dimension, or such a row for every step of a chunk. Where the scale is 0 nothing varies: any value
+            becomes 0, and what is undone the shift.
+        clip: whether values in network units are brought into [-1, 1], on both ways.
+    """
+
+    shift: Row | tuple[Row, ...]
+    scale: Row | tuple[Row, ...]
     bias: float = 0.0
+    clip: bool = False
 
     def normalise(self, values: np.ndarray) -> np.ndarray:
         """Physical units to network units, float32 (..., D)."""
         shift, scale = np.array(self.shift, np.float32), np.array(self.scale, np.float32)
-        return (values.astype(np.float32) - shift) / scale + np.float32(self.bias)
+        still = scale == 0
+        normal = np.where(still, np.float32(0), (values.astype(np.float32) - shift) / np.where(still, 1, scale) + np.float32(self.bias))
+        return normal.clip(-1, 1) if self.clip else normal
 
     def unnormalise(self, values: np.ndarray) -> np.ndarray:
         """Network units to physical units, float32 (..., D)."""
         shift, scale = np.array(self.shift, np.float32), np.array(self.scale, np.float32)
-        return (values.astype(np.float32) - np.float32(self.bias)) * scale + shift
+        normal = values.astype(np.float32).clip(-1, 1) if self.clip else values.astype(np.float32)
+        return (normal - np.float32(self.bias)) * scale + shift
 
 
 class Relative(Strict):

@@ -1,4 +1,4 @@
-"""A released policy as a checkpoint that acts the same: of lerobot (pi0, pi0.5, SmolVLA) and of openpi (pi0, pi0.5).
+"""A released policy as a checkpoint that acts the same: of lerobot (pi0, pi0.5, SmolVLA), openpi (pi0, pi0.5) and Isaac-GR00T (N1.7).
 
 What its transforms do becomes settings and statistics, so that the policy needs no word of where it came from. The code that it was
 written with is not needed: its folder is JSON and safetensors.
@@ -22,7 +22,7 @@ from ..vla.spec import PretrainedExpert
 from ..vla.weights import Reference, digest
 from .checkpoint import read_checkpoint, write_checkpoint, write_golden
 from .inputs import PlainPrompts
-from .released import Release, lerobot, openpi
+from .released import Release, groot, lerobot, openpi
 from .released.base import VLM, WEIGHTS
 from .triune import anchored, from_checkpoint, graph_info
 
@@ -30,14 +30,20 @@ TEXT = "Task: stack_it, State: -1 0 255;\nAction: "  # a tokenizer must say the 
 
 
 def convert(
-    source: Path, out: Path, tokenizer: Path | None = None, config: str | None = None, changes: Sequence[str] | None = None
+    source: Path,
+    out: Path,
+    tokenizer: Path | None = None,
+    config: str | None = None,
+    changes: Sequence[str] | None = None,
+    embodiment: str | None = None,
 ) -> Contract:
     """Write the checkpoint ``out``; it appears whole or not at all.
 
     Args:
-        source: a folder that lerobot or openpi wrote.
+        source: a folder that lerobot, openpi or Isaac-GR00T wrote.
         tokenizer: a folder with the tokenizer, where the local hub cache does not hold the one that the policy names.
         config: what an openpi folder does not tell: a name in ``configs/openpi``, or a YAML file like those; changes: of its values.
+        embodiment: the robot, of those that a GR00T folder holds.
 
     Returns:
         the checkpoint's contract.
@@ -49,12 +55,17 @@ def convert(
         raise UserError(f"{out} is there already; give a new folder, or remove it first")
     if not source.is_dir():
         raise UserError(f"there is no folder {source}; give the folder of a released policy")
-    if openpi.wrote(source):
+    kind = "GR00T" if groot.wrote(source) else "openpi" if openpi.wrote(source) else "lerobot"
+    if kind != "openpi" and (config is not None or changes):
+        raise UserError(f"{source} is of {kind} and not of openpi, which --config and KEY=VALUE are for; leave them out")
+    if kind != "GR00T" and embodiment is not None:
+        raise UserError(f"{source} is of {kind} and of one robot; leave --embodiment out")
+    if kind == "GR00T":
+        release = groot.read(source, tokenizer, embodiment)
+    elif kind == "openpi":
         release = openpi.read(source, tokenizer, config, list(changes or []))
-    elif config is None and not changes:
-        release = lerobot.read(source, tokenizer)
     else:
-        raise UserError(f"{source} is of lerobot and tells all that it takes; leave --config and KEY=VALUE out")
+        release = lerobot.read(source, tokenizer)
     write(release, out)
     return release.contract
 
@@ -90,7 +101,8 @@ def write(release: Release, out: Path) -> None:
         assert isinstance(policy.prompts, PlainPrompts)
         if policy.prompts.tokenizer(TEXT)["input_ids"] != words(TEXT)["input_ids"]:
             raise UserError(f"the tokenizer {words.name_or_path} gives other tokens once it is saved; give another as --tokenizer FOLDER")
-        write_golden(folder, policy, _observations(release.contract, release.state))
+        square = release.settings.resize is not None and release.settings.resize.shape == "square"
+        write_golden(folder, policy, _observations(release.contract, release.state, (8, 8) if square else (6, 8)))
 
 
 def fitted(release: Release, model: Model, inside: str) -> dict[str, Tensor]:
@@ -113,12 +125,13 @@ def fitted(release: Release, model: Model, inside: str) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-def _observations(contract: Contract, state: Affine) -> list[Observation]:
-    """Golden ones: coarse noise, states over their range, and where there are several cameras one that sees with the first alone."""
+def _observations(contract: Contract, state: Affine, cells: tuple[int, int]) -> list[Observation]:
+    """Golden ones: coarse noise of so many rows and columns, states over their range, and where cameras are optional one that sees with
+    the first alone."""
     rng = np.random.default_rng(0)
     found = []
     for number, text in enumerate(("pick up the cube", "open the drawer", "put the cup on the plate", "close it", "push the block")):
-        names = contract.camera_names[:1] if number == 4 else contract.camera_names
-        images = {name: np.kron(rng.integers(0, 256, (6, 8, 3), np.uint8), np.ones((8, 8, 1), np.uint8)) for name in names}
+        names = contract.camera_names[:1] if number == 4 and contract.cameras[-1].optional else contract.camera_names
+        images = {name: np.kron(rng.integers(0, 256, (*cells, 3), np.uint8), np.ones((8, 8, 1), np.uint8)) for name in names}
         found.append(Observation(images, state.unnormalise(rng.uniform(-1, 1, contract.state.size)), text))
     return found

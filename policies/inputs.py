@@ -1,12 +1,13 @@
 """What happens to pictures and words before a network that has no processor of its own: settings of a checkpoint, as data."""
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,50 +18,103 @@ from ..vla.experts.pretrained import PretrainedVLM
 
 
 class Resize(Strict):
-    """Pictures of any size, scaled bilinearly until they fit into ``height`` x ``width``, the rest black.
+    """Pictures of any size, scaled to ``height`` x ``width``.
 
     Attributes:
-        at: where the picture then lies: in the ``centre`` (of an odd rest the larger half comes after it), or at the ``bottom_right``.
-        filter: ``bilinear`` takes four pixels and does not round; ``pillow`` is Pillow's, which takes all that shrink into one and rounds.
+        shape: ``fit`` scales them until they fit and leaves the rest black, ``padded`` makes them squares with black before they are
+            scaled, and ``square`` takes squares alone.
+        at: where a picture that fits lies: in the ``centre`` (of an odd rest the larger half comes after it), or at the ``bottom_right``.
+        filter: ``bilinear`` takes four pixels and does not round; ``pillow`` is Pillow's, which takes all that shrink into one and rounds;
+            ``area`` is OpenCV's INTER_AREA.
+        crop: the share of each side that is kept from the middle and scaled once more.
     """
 
     height: PositiveInt
     width: PositiveInt
+    shape: Literal["fit", "padded", "square"] = "fit"
     at: Literal["centre", "bottom_right"] = "centre"
-    filter: Literal["bilinear", "pillow"] = "bilinear"
+    filter: Literal["bilinear", "pillow", "area"] = "bilinear"
+    crop: PositiveFloat | None = None
 
     def __call__(self, image: UInt8[Tensor, "3 Y X"]) -> Float[Tensor, "3 H W"]:
-        """Pixels from 0 to 255."""
+        """Pixels from 0 to 255.
+
+        Raises:
+            UserError: a picture that should be square is not.
+        """
+        if self.shape == "square" and image.shape[1] != image.shape[2]:
+            raise UserError(f"a picture is {image.shape[1]}x{image.shape[2]}, the policy takes squares; crop or pad it before")
+        if self.shape != "fit":
+            whole = SCALES[self.filter](_square(image), (self.height, self.width))
+            return whole if self.crop is None else SCALES[self.filter](_middle(whole, self.crop), (self.height, self.width))
         ratio = max(image.shape[2] / self.width, image.shape[1] / self.height)
         size = (int(image.shape[1] / ratio), int(image.shape[2] / ratio))
-        scaled = _pillow(image, size) if self.filter == "pillow" else F.interpolate(image[None].float(), size, mode="bilinear")[0]
+        scaled = SCALES[self.filter](image, size)
         below, right = self.height - size[0], self.width - size[1]
         above, left = (below // 2, right // 2) if self.at == "centre" else (below, right)
         return F.pad(scaled, (left, right - left, above, below - above))
 
 
-def _pillow(image: UInt8[Tensor, "3 Y X"], size: tuple[int, int]) -> Float[Tensor, "3 H W"]:
+def _bilinear(image: Tensor, size: tuple[int, int]) -> Float[Tensor, "3 H W"]:
+    return F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
+
+
+def _pillow(image: Tensor, size: tuple[int, int]) -> Float[Tensor, "3 H W"]:
     from PIL import Image
 
-    scaled = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
+    scaled = Image.fromarray(image.byte().permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(scaled)).permute(2, 0, 1).float()
+
+
+def _area(image: Tensor, size: tuple[int, int]) -> Float[Tensor, "3 H W"]:
+    try:
+        import cv2
+    except ImportError:
+        raise UserError("this policy scales its pictures by OpenCV; pip install opencv-python-headless") from None
+    if tuple(image.shape[1:]) == size:
+        return image.float()
+    scaled = cv2.resize(np.ascontiguousarray(image.byte().permute(1, 2, 0).numpy()), size[::-1], interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(np.asarray(scaled)).permute(2, 0, 1).float()
+
+
+SCALES: Mapping[str, Callable[[Tensor, tuple[int, int]], Tensor]] = {"bilinear": _bilinear, "pillow": _pillow, "area": _area}
+"""Filter -> (pixels (3, Y, X) from 0 to 255, (H, W)) -> scaled pixels (3, H, W)."""
+
+
+def _square(image: Tensor) -> Tensor:
+    """A picture (3, Y, X) in the middle of a black square; of an odd rest the larger half comes after it."""
+    side = max(image.shape[1:])
+    above, left = (side - image.shape[1]) // 2, (side - image.shape[2]) // 2
+    return F.pad(image, (left, side - image.shape[2] - left, above, side - image.shape[1] - above))
+
+
+def _middle(image: Tensor, share: float) -> Tensor:
+    """The middle of a picture (3, Y, X), so much of each side."""
+    height, width = (max(1, int(side * share)) for side in image.shape[1:])
+    above, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, above : above + height, left : left + width]
 
 
 class Words(Strict):
     """How an instruction becomes the text after the images, and the text tokens.
 
     Attributes:
+        lower: whether capitals become small letters first.
         edits: regular expressions and what replaces them in the instruction, in order.
         state_bins: ``{state}`` in the prompt becomes the number of each normalised dimension's bin, of this many in [-1, 1]; -1 below.
         truncate: whether a text that is too long is cut off, or refused.
+        image: what stands in the prompt for one image, as a chat has it; without, the images come before the text.
     """
 
+    lower: bool = False
     edits: tuple[tuple[str, str], ...] = ()
     state_bins: PositiveInt | None = None
     truncate: bool = False
+    image: str | None = None
 
     def fill(self, template: str, instruction: str, state: np.ndarray) -> str:
         """The text of an instruction and a normalised state (S,)."""
+        instruction = instruction.lower() if self.lower else instruction
         for pattern, replacement in self.edits:
             instruction = re.sub(pattern, replacement, instruction)
         if self.state_bins:
@@ -85,7 +139,8 @@ class Settings(Strict):
 
 
 class PlainPrompts:
-    """Texts -> token ids: the image tokens of all views, then those that the model folder's tokenizer makes of the text.
+    """Texts -> token ids: the image tokens of all views, then those that the model folder's tokenizer makes of the text. Where the text
+    says where images stand (``Words.image``) they are there.
 
     Args:
         length: of the prompt stream.
@@ -106,14 +161,16 @@ class PlainPrompts:
         Raises:
             UserError: a text needs more than the stream's length and must not be cut off.
         """
-        shown = views * self.per_view
+        shown = 0 if self.words.image else views * self.per_view
         ids = torch.zeros(len(texts), self.length, dtype=torch.long)
         ids[:, :shown] = self.image_token
         present = torch.arange(self.length).expand(len(texts), -1) < shown
         for i, text in enumerate(texts):
+            text = text.replace(self.words.image, self.words.image * self.per_view) if self.words.image else text
             row = self.tokenizer(text, truncation=self.words.truncate, max_length=self.length - shown)["input_ids"]
             end = shown + len(row)
             if end > self.length:
-                raise UserError(f"the text '{text}' takes {len(row)} tokens, the policy has room for {self.length - shown}; shorten it")
+                said = texts[i]
+                raise UserError(f"the text '{said}' takes {len(row)} tokens, the policy has room for {self.length - shown}; shorten it")
             ids[i, shown:end], present[i, shown:end] = torch.tensor(row), True
         return ids, present

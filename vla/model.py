@@ -56,7 +56,9 @@ class Model(nn.Module):
             {n: mlp(widths[s.of], widths[n], s.encoder, s.inner) for n in kinds["hidden"] if (s := streams[n]).of is not None}
         )
         given = {n: s.width for n, s in streams.items() if s.tokens == "features" and n in self.graph.owner}
-        self.features = ModuleDict({n: mlp(size, widths[n], streams[n].encoder, streams[n].inner) for n, size in given.items() if size is not None})
+        self.features = ModuleDict(
+            {n: mlp(size, widths[n], streams[n].encoder, streams[n].inner) for n, size in given.items() if size is not None}
+        )
         said = {n: s.vocabulary for n, s in streams.items() if s.vocabulary is not None}
         self.words = ModuleDict({n: nn.Embedding(size, widths[n]) for n, size in said.items()})
         spoken = [n for n, h in spec.heads.items() if isinstance(h, WordHead)]
@@ -121,6 +123,7 @@ class Model(nn.Module):
         """Stream -> which of its tokens are there; None where all are."""
         out: dict[str, Tensor | None] = {n: inputs.present for n, s in self.spec.streams.items() if s.tokens in ("prompt", "words")}
         out |= {n: present for n, (_, present) in inputs.features.items()}
+        out |= {n: out[s.of] for n, s in self.spec.streams.items() if s.tokens == "hidden" and s.of in out}
         for name, rows in inputs.dropped.items():
             here, length = out.get(name), self.spec.streams[name].length
             out[name] = ~rows[:, None].expand(-1, length) if here is None else here & ~rows[:, None]

@@ -117,9 +117,9 @@ class DecoderExpert(Strict):
 
     ``space``: its own attention space; where it meets others in keys, a ``bridge`` maps it into the shared one and back: ``linear``
     (HBridge) or with a layer norm behind (DeepVision). ``norm``: RMS with a weight, layer norm with weight
-    and bias, or without; ``final_eps``: that of the final one, where it differs from ``norm_eps``. ``qk_norm``: of each head, of the ``whole`` projection, or none. ``activation``: of the FFN, ``gated``
-    (SwiGLU, Gemma's GeGLU) or not. ``bias``: of all projections, or of the FFN's alone. ``axes``: rotary channels per axis of its
-    positions, by default all of one; an empty list turns nothing.
+    and bias, or without; ``final_eps``: that of the final one, where it differs from ``norm_eps``. ``qk_norm``: of each head, of the
+    ``whole`` projection, or none. ``activation``: of the FFN, ``gated`` (SwiGLU, Gemma's GeGLU) or not. ``bias``: of all projections, or
+    of the FFN's alone. ``axes``: rotary channels per axis of its positions, by default all of one; an empty list turns nothing.
     ``time``: how the flow time enters its layers: scale, shift and gate of each norm (``adaptive_norm``), scale and shift of the
     attention's alone (``attention_norm``, GR00T), or of a table in each layer plus one projection for all (``adaln``, Wan).
     ``time_of``: what its time embedding is a function of; weights trained with noise at t = 1 say ``1-t``.

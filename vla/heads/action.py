@@ -44,9 +44,7 @@ class FlowCodec(nn.Module):
     ``answer``: channels of an MLP with ReLU that makes the velocity.
     """
 
-    def __init__(
-        self, size: int, width: int, encoder: str, time_of: str | None, features: TimeFeatures, answer: int | None = None
-    ) -> None:
+    def __init__(self, size: int, width: int, encoder: str, time_of: str | None, features: TimeFeatures, answer: int | None = None) -> None:
         super().__init__()
         self.size, self.width, self.time_of, self.features = size, width, time_of, features
         self.into = nn.Linear(size, width)
