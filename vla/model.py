@@ -319,8 +319,10 @@ class Model(nn.Module):
             time = torch.ones(x.shape[:2], device=x.device)
             if stream.time_of is not None:
                 time = noisy[stream.time_of].time[:, -1:].expand(x.shape[:2])
-        picture = cache[stream.of].picture if stream.tokens == "hidden" and stream.of in cache else None
-        return Tokens(self.seated(name, x), empty, time=time if self._timed(name) else None, picture=picture)
+        source = cache.get(stream.of or "") if stream.tokens == "hidden" else None
+        return Tokens(
+            self.seated(name, x), empty, time=time if self._timed(name) else None, picture=None if source is None else source.picture
+        )
 
     def seated(self, name: str, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Embeddings of a stream with what a table says of their places, where it has one."""

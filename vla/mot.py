@@ -159,8 +159,8 @@ class Pass:
             if any(n in wanted for n in names):
                 final = self.ready[e].final(x[e], run).split(self.lengths[e], dim=1)
                 hidden |= {n: h for n, h in zip(names, final, strict=True) if n in wanted}
-        told = {n: (t.present, t.own, hidden.get(n), t.picture) for n, t in self.tokens.items() if n in kept}
-        return {n: hidden[n] for n in outputs}, {n: KV(tuple(ks), tuple(vs), *told[n]) for n, (ks, vs) in kept.items()}
+        facts = {n: (t.present, t.own, hidden.get(n), t.picture) for n, t in self.tokens.items() if n in kept}
+        return {n: hidden[n] for n in outputs}, {n: KV(tuple(ks), tuple(vs), *facts[n]) for n, (ks, vs) in kept.items()}
 
     def _project(
         self, step: Step, layers: Mapping[str, int], x: Mapping[str, Tensor], run: int
@@ -298,7 +298,8 @@ class Pass:
         read = torch.cat([torch.cat(row, dim=1) for row in allowed])
         there = [torch.ones_like(h[..., 0], dtype=torch.bool) if p is None else p for h, p in zip(hidden, present, strict=True)]
         mask = read & torch.cat(there, dim=1)[:, None]
-        shown = [torch.zeros_like(t) if self.cache[c].picture is None else self.cache[c].picture for c, t in zip(cols, there, strict=True)]
+        pictures = [self.cache[c].picture for c in cols]
+        shown = [torch.zeros_like(t) if p is None else p for p, t in zip(pictures, there, strict=True)]
         of = {"all": mask, "images": mask & (picture := torch.cat(shown, dim=1)[:, None]), "words": mask & ~picture}
         readings = {turn: self._reading(of[turn], hidden[0]) for turn in set(turns)}
         return replace(context, turns=tuple(readings[turn] for turn in turns))

@@ -11,22 +11,21 @@ What happens to states, actions, pictures and words is that of ``processing_gr00
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, PositiveInt
 from torch import Tensor
 
 from ...config import find, load_tree, merge, parse
-from ...data import Camera, Contract, Vector
-from ...data.transforms import Affine, Relative
+from ...data import Camera, Contract
 from ...errors import UserError
 from ...vla import Spec
 from ...vla.weights.groot import groot_weights
 from ...vla.weights.references import resolve_weights
 from ...vla.weights.released import Shapes
-from ..inputs import Resize, Settings, Words
+from ..inputs import Settings, Words
 from .base import VLM, Release, load_tokenizer, read_json, read_origin, read_weights
+from .groot_robot import Processor, check_robot, read_action, read_resize, read_state
 
 ARCHITECTURES = {"nvidia/Cosmos-Reason2-2B": "qwen3_vl_2b", "Qwen/Qwen3-VL-2B-Instruct": "qwen3_vl_2b"}
 """``model_name`` in ``config.json`` -> its architecture in ``vla/assets/architectures``."""
@@ -77,39 +76,6 @@ class Network(BaseModel):
     num_inference_timesteps: PositiveInt = 4
 
 
-class Group(BaseModel):
-    """How a group of actions is meant."""
-
-    rep: Literal["RELATIVE", "ABSOLUTE", "DELTA"]
-    type: Literal["EEF", "NON_EEF"]
-    state_key: str | None = None
-
-
-class Part(BaseModel):
-    """Cameras, state, actions or words of a robot."""
-
-    delta_indices: list[int]
-    modality_keys: list[str]
-    sin_cos_embedding_keys: list[str] | None = None
-    mean_std_embedding_keys: list[str] | None = None
-    action_configs: list[Group] | None = None
-
-
-class Processor(BaseModel):
-    """``processor_kwargs`` of ``processor_config.json``."""
-
-    modality_configs: dict[str, dict[str, Part]]
-    image_crop_size: tuple[PositiveInt, PositiveInt] | None = None
-    image_target_size: tuple[PositiveInt, PositiveInt] | None = None
-    shortest_image_edge: PositiveInt | None = 256
-    crop_fraction: float | None = 0.95
-    letter_box_transform: bool = False
-    formalize_language: bool = True
-    use_percentiles: bool = False
-    apply_sincos_state_encoding: bool = False
-    use_relative_action: bool = False
-
-
 def wrote(source: Path) -> bool:
     """Whether the folder ``source`` is of a GR00T."""
     told = read_json(source / "config.json", WAY_OUT) if (source / "config.json").is_file() else {}
@@ -138,10 +104,16 @@ def read(source: Path, tokenizer: Path | None, embodiment: str | None) -> Releas
     if embodiment not in tags:
         raise UserError(f"{source} is of several robots; choose one by --embodiment TAG: {', '.join(tags) or 'none has statistics'}")
     robot, known = processor.modality_configs[embodiment], statistics[embodiment]
-    _check(embodiment, robot, processor, network)
-    state, felt, places = _state(robot["state"], known, processor)
-    action, done, relative = _action(robot["action"], known, processor, places)
-    resize, words = _resize(source, processor), load_tokenizer(network.model_name, source / "config.json", tokenizer)
+    check_robot(embodiment, robot, processor, network.action_horizon)
+    if 1000 % network.num_inference_timesteps:
+        raise UserError(f"{network.num_inference_timesteps} steps do not divide the 1000 flow times of the network; set a number that does")
+    if not network.diffusion_model_cfg.interleave_self_attention:
+        raise UserError(
+            f"{source / 'config.json'} has no layers that read state and actions; only networks that have them can be converted"
+        )
+    state, felt, places = read_state(robot["state"], known, processor)
+    action, done, relative = read_action(robot["action"], known, processor, places)
+    resize, words = read_resize(source, processor), load_tokenizer(network.model_name, source / "config.json", tokenizer)
     file, tensors = read_weights(source)
     vlm = _vlm(network, tensors, file)
     views = tuple(robot["video"].modality_keys)
@@ -191,95 +163,6 @@ def _plain(tree: dict[str, Any], file: Path) -> dict[str, Any]:
         if tree.get(key, value) != value:
             raise UserError(f"{file} sets {key} to {tree[key]!r}; only {value!r} can be converted")
     return tree
-
-
-def _check(tag: str, robot: Mapping[str, Part], processor: Processor, network: Network) -> None:
-    """Refuse what a robot does and a checkpoint has no words for."""
-    for name in ("video", "state"):
-        if robot[name].delta_indices != [0]:
-            raise UserError(f"{tag} looks at {name} of steps {robot[name].delta_indices}; only the present one can be converted")
-    if processor.apply_sincos_state_encoding and robot["state"].sin_cos_embedding_keys:
-        keys = ", ".join(robot["state"].sin_cos_embedding_keys)
-        raise UserError(f"{tag} gives the state's {keys} as sine and cosine, for which a checkpoint has no words; choose another robot")
-    for name in ("state", "action"):
-        if robot[name].mean_std_embedding_keys:
-            keys = ", ".join(robot[name].mean_std_embedding_keys or ())
-            raise UserError(f"{tag} normalises the {name}'s {keys} by mean and deviation and others by range; only ranges can be converted")
-    for key, group in zip(robot["action"].modality_keys, robot["action"].action_configs or (), strict=False):
-        if processor.use_relative_action and group.rep == "RELATIVE" and group.type == "EEF":
-            raise UserError(
-                f"{tag} counts the poses of '{key}' from the hand's own frame, for which a checkpoint has no words; choose another"
-            )
-    if 1000 % network.num_inference_timesteps:
-        raise UserError(f"{network.num_inference_timesteps} steps do not divide the 1000 flow times of the network; set a number that does")
-    if len(robot["action"].delta_indices) > network.action_horizon:
-        raise UserError(
-            f"{tag} has {len(robot['action'].delta_indices)} steps a chunk, the network {network.action_horizon}; correct the one"
-        )
-
-
-def _names(key: str, size: int) -> list[str]:
-    return [key] if size == 1 else [f"{key}_{i}" for i in range(size)]
-
-
-def _state(part: Part, known: Mapping[str, Any], processor: Processor) -> tuple[Vector, Affine, dict[str, int]]:
-    """Names, normalisation, and where each group begins. A number that never varies becomes 0 whatever it is."""
-    ends = ("q01", "q99") if processor.use_percentiles else ("min", "max")
-    names: list[str] = []
-    places: dict[str, int] = {}
-    rows: list[np.ndarray] = []
-    for key in part.modality_keys:
-        low, high = (np.array(known["state"][key][end]) for end in ends)
-        places[key] = len(names)
-        names += _names(key, len(low))
-        rows.append(np.stack([low, np.where(np.isclose(high, low), 0.0, high - low) / 2]))
-    low, half = np.concatenate(rows, axis=1)
-    kind: Literal["quantile", "min_max"] = "quantile" if processor.use_percentiles else "min_max"
-    affine = Affine(shift=tuple(low.tolist()), scale=tuple(half.tolist()), bias=-1.0, clip=True)
-    return Vector(names=tuple(names), normalisation=kind), affine, places
-
-
-def _action(
-    part: Part, known: Mapping[str, Any], processor: Processor, places: Mapping[str, int]
-) -> tuple[Vector, Affine, Relative | None]:
-    """Names, normalisation (with a row for each step where relative groups have one), and what is relative to the state."""
-    ends, chunk = ("q01", "q99") if processor.use_percentiles else ("min", "max"), len(part.delta_indices)
-    names: list[str] = []
-    origin: list[int | None] = []
-    lows, highs = [], []
-    for key, group in zip(part.modality_keys, part.action_configs or [None] * len(part.modality_keys), strict=True):
-        relative = processor.use_relative_action and group is not None and group.rep == "RELATIVE"
-        row = known["relative_action"][key] if relative else known["action"][key]
-        low, high = (np.array(row[end]) for end in (("min", "max") if relative else ends))
-        size, first = low.shape[-1], places.get((group.state_key if group else None) or key)
-        if relative and first is None:
-            raise UserError(f"the actions '{key}' are relative to a state that the robot does not have; choose another robot")
-        names += _names(key, size)
-        origin += [first + i if relative and first is not None else None for i in range(size)]
-        lows.append(np.broadcast_to(low, (chunk, size)))
-        highs.append(np.broadcast_to(high, (chunk, size)))
-    low, half = np.concatenate(lows, axis=1), (np.concatenate(highs, axis=1) - np.concatenate(lows, axis=1)) / 2
-    moved = any(i is not None for i in origin)
-    affine = Affine(shift=_rows(low), scale=_rows(half), bias=-1.0, clip=True)
-    kind: Literal["quantile", "min_max"] = "quantile" if processor.use_percentiles else "min_max"
-    vector = Vector(names=tuple(names), mode="absolute" if moved else None, normalisation=None if moved else kind)
-    return vector, affine, Relative(state_of=tuple(origin)) if moved else None
-
-
-def _rows(values: np.ndarray) -> tuple[float, ...] | tuple[tuple[float, ...], ...]:
-    """One row where all steps have the same."""
-    return tuple(values[0].tolist()) if (values == values[0]).all() else tuple(tuple(row) for row in values.tolist())
-
-
-def _resize(source: Path, processor: Processor) -> Resize:
-    """Pictures are scaled by area, cut and scaled again. Those that are not square the release padded to squares whatever the folder says,
-    later versions only where it says so, so without that word they are refused."""
-    target, cut = processor.image_target_size, processor.image_crop_size
-    side = processor.shortest_image_edge or (target[0] if target and target[0] == target[1] else None)
-    crop = processor.crop_fraction or (cut[0] / target[0] if cut and target else None)
-    if side is None or crop is None:
-        raise UserError(f"{source / 'processor_config.json'} does not tell the one size of its pictures and what is cut off; {WAY_OUT}")
-    return Resize(height=side, width=side, shape="padded" if processor.letter_box_transform else "square", filter="area", crop=crop)
 
 
 def _vlm(network: Network, tensors: Mapping[str, Tensor], file: Path) -> dict[str, Any]:

@@ -175,12 +175,12 @@ def _statistics(source: Path, known: Training) -> tuple[_Statistics, Path]:
 
 def _vector(what: str, wanted: int | Sequence[str] | None, row: _Row, known: Training, file: Path) -> tuple[Vector, Affine]:
     """Names and normalisation of a state or action: openpi cuts off the statistics of numbers that a robot does not have."""
-    bounds = (row.q01, row.q99) if known.normalisation == "quantile" else (row.mean, row.std)
+    ends = (row.q01, row.q99) if known.normalisation == "quantile" else (row.mean, row.std)
     size = wanted if isinstance(wanted, int) else len(wanted or row.mean)
-    if not (bounds[0] and bounds[1]) or min(len(bounds[0]), len(bounds[1])) < size:
+    low, high = (np.array((end or [])[:size]) for end in ends)
+    if min(len(low), len(high)) < size:
         way_out = f"correct {what}=..., or give another asset"
         raise UserError(f"{file} has no {known.normalisation} statistics of {size} numbers for {what}; {way_out}")
-    low, high = (np.array(bound[:size]) for bound in bounds)
     scale, bias = ((high - low + EPS) / 2, -1.0) if known.normalisation == "quantile" else (high + EPS, 0.0)
     names = tuple(wanted) if isinstance(wanted, Sequence) else tuple(f"{what}_{i}" for i in range(size))
     return Vector(names=names, normalisation=known.normalisation), Affine(shift=tuple(low.tolist()), scale=tuple(scale.tolist()), bias=bias)
