@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import Strict
-from ..data.transforms import Relative
+from ..data.transforms import Relative, RelativePose
 from ..errors import UserError
 from ..vla.experts.pretrained import PretrainedVLM
 
@@ -125,17 +125,25 @@ class Words(Strict):
 
 class Settings(Strict):
     """What ``settings`` in ``policy.json`` says. Without ``resize`` images must have the contract's size; without ``words`` the model
-    folder's own processor makes the prompt; ``relative``: which actions the state is added to."""
+    folder's own processor makes the prompt; ``relative``, ``poses``: which actions are counted from the state."""
 
     resize: Resize | None = None
     words: Words | None = None
     relative: Relative | None = None
+    poses: tuple[RelativePose, ...] = ()
 
     @model_validator(mode="after")
     def _sized(self) -> "Settings":
         if self.words is not None and self.resize is None:
             raise ValueError("words need resize, which says how many tokens an image takes")
         return self
+
+    def absolute(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """Actions (B, C, A) that no longer depend on the state (B, S) from which the network counts them."""
+        actions = actions if self.relative is None else self.relative.undo(actions, state)
+        for pose in self.poses:
+            actions = pose.undo(actions, state)
+        return actions
 
 
 class PlainPrompts:

@@ -112,7 +112,7 @@ def read(source: Path, tokenizer: Path | None, embodiment: str | None) -> Releas
             f"{source / 'config.json'} has no layers that read state and actions; only networks that have them can be converted"
         )
     state, felt, places = read_state(robot["state"], known, processor)
-    action, done, relative = read_action(robot["action"], known, processor, places)
+    action, done, relative, poses = read_action(robot["action"], known, processor, places)
     resize, words = read_resize(source, processor), load_tokenizer(network.model_name, source / "config.json", tokenizer)
     file, tensors = read_weights(source)
     vlm = _vlm(network, tensors, file)
@@ -150,6 +150,7 @@ def read(source: Path, tokenizer: Path | None, embodiment: str | None) -> Releas
             resize=resize,
             words=Words(lower=True, edits=((r"[^\w\s]", ""),), image=image) if processor.formalize_language else Words(image=image),
             relative=relative,
+            poses=poses,
         ),
         tokenizer=words,
         origin=read_origin(source, format="Isaac-GR00T", type="N1.7", embodiment=embodiment),

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, PositiveInt
 
 from ...data import Vector
-from ...data.transforms import Affine, Relative
+from ...data.transforms import Affine, Relative, RelativePose
 from ...errors import UserError
 from ..inputs import Resize
 
@@ -18,7 +18,11 @@ class Group(BaseModel):
 
     rep: Literal["RELATIVE", "ABSOLUTE", "DELTA"]
     type: Literal["EEF", "NON_EEF"]
+    format: Literal["DEFAULT", "XYZ_ROT6D", "XYZ_ROTVEC"] = "DEFAULT"
     state_key: str | None = None
+
+
+PLAIN = Group(rep="ABSOLUTE", type="NON_EEF")
 
 
 class Part(BaseModel):
@@ -62,10 +66,9 @@ def check_robot(tag: str, robot: Mapping[str, Part], processor: Processor, horiz
     if robot["state"].exclude_state:
         raise UserError(f"{tag} does not look at its state, for which a checkpoint has no words; choose another robot")
     for key, group in zip(robot["action"].modality_keys, robot["action"].action_configs or (), strict=False):
-        if processor.use_relative_action and group.rep == "RELATIVE" and group.type == "EEF":
-            raise UserError(
-                f"{tag} counts the poses of '{key}' from the hand's own frame, for which a checkpoint has no words; choose another"
-            )
+        if processor.use_relative_action and group.rep == "RELATIVE" and group.type == "EEF" and group.format != "XYZ_ROT6D":
+            way_out = "only XYZ_ROT6D can be converted; choose another robot"
+            raise UserError(f"{tag} counts the poses of '{key}' from the hand's own frame as {group.format}; {way_out}")
     if len(robot["action"].delta_indices) > horizon:
         raise UserError(f"{tag} has {len(robot['action'].delta_indices)} steps a chunk, the network {horizon}; correct the one")
 
@@ -93,31 +96,34 @@ def read_state(part: Part, known: Mapping[str, Any], processor: Processor) -> tu
 
 def read_action(
     part: Part, known: Mapping[str, Any], processor: Processor, places: Mapping[str, int]
-) -> tuple[Vector, Affine, Relative | None]:
-    """Names, normalisation (with a row for each step where relative groups have one), and what is relative to the state."""
+) -> tuple[Vector, Affine, Relative | None, tuple[RelativePose, ...]]:
+    """Names, normalisation (with a row for each step where relative groups have one), and what is counted from the state."""
     ends, chunk = ("q01", "q99") if processor.use_percentiles else ("min", "max"), len(part.delta_indices)
     names: list[str] = []
     origin: list[int | None] = []
+    poses: list[RelativePose] = []
     lows, highs = [], []
-    for key, group in zip(
-        part.modality_keys, part.action_configs or [Group(rep="ABSOLUTE", type="NON_EEF")] * len(part.modality_keys), strict=True
-    ):
+    for key, group in zip(part.modality_keys, part.action_configs or [PLAIN] * len(part.modality_keys), strict=True):
         relative = processor.use_relative_action and group.rep == "RELATIVE"
         row = known["relative_action"][key] if relative else known["action"][key]
         low, high = (np.array(row[end]) for end in (("min", "max") if relative else ends))
         size, first = low.shape[-1], places.get(group.state_key or key)
         if relative and first is None:
             raise UserError(f"the actions '{key}' are relative to a state that the robot does not have; choose another robot")
+        if relative and first is not None and group.type == "EEF":
+            poses.append(RelativePose(action=len(names), state=first))
+        added = relative and group.type == "NON_EEF" and first is not None
+        origin += [(first or 0) + i if added else None for i in range(size)]
         names += _names(key, size)
-        origin += [first + i if relative and first is not None else None for i in range(size)]
         lows.append(np.broadcast_to(low, (chunk, size)))
         highs.append(np.broadcast_to(high, (chunk, size)))
     low, half = np.concatenate(lows, axis=1), (np.concatenate(highs, axis=1) - np.concatenate(lows, axis=1)) / 2
     moved = any(i is not None for i in origin)
     affine = Affine(shift=_rows(low), scale=_rows(half), bias=-1.0, clip=True)
     kind: Literal["quantile", "min_max"] = "quantile" if processor.use_percentiles else "min_max"
-    vector = Vector(names=tuple(names), mode="absolute" if moved else None, normalisation=None if moved else kind)
-    return vector, affine, Relative(state_of=tuple(origin)) if moved else None
+    mixed = moved or bool(poses)
+    vector = Vector(names=tuple(names), mode="absolute" if mixed else None, normalisation=None if mixed else kind)
+    return vector, affine, Relative(state_of=tuple(origin)) if moved else None, tuple(poses)
 
 
 def _rows(values: np.ndarray) -> tuple[float, ...] | tuple[tuple[float, ...], ...]:

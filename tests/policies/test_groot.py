@@ -135,6 +135,7 @@ PARTS: dict[str, tuple[str, Callable[[TriunePolicy], Any]]] = {
     "filter": ("libero_sim", lambda p: change(p, "resize", filter="pillow")),
     "clip": ("libero_sim", lambda p: setattr(p, "state", p.state.model_copy(update={"clip": False}))),
     "relative": ("new_embodiment", lambda p: setattr(p, "settings", p.settings.model_copy(update={"relative": None}))),
+    "poses": ("oxe_droid_relative_eef_relative_joint", lambda p: setattr(p, "settings", p.settings.model_copy(update={"poses": ()}))),
     "steps": ("new_embodiment", lambda p: setattr(p, "action", p.action.model_copy(update={"shift": p.action.shift[0]}))),
     "last layer": ("libero_sim", lambda p: setattr(p.model.mot.experts["vlm"], "normed", True)),
     "turns": ("libero_sim", lambda p: respec(p, cross=p.model.mot.experts["act"].config.cross.model_copy(update={"turns": ("all",)}))),
@@ -166,7 +167,7 @@ def test_the_checkpoint_says_what_is_known(tag: str, converted: Any) -> None:
     if tag == "libero_sim":
         assert contract.state.names == ("x", "rotation_0", "rotation_1", "rotation_2", "gripper")
         assert (contract.action.mode, contract.action.normalisation) == (None, "quantile")
-    else:
+    elif tag == "new_embodiment":
         assert (contract.action.mode, contract.action.names) == ("absolute", ("arm_0", "arm_1", "arm_2", "grip"))
         with pytest.raises(UserError, match="the policy takes squares"):
             load_policy(converted(tag)).inputs([Observation({n: np.zeros((9, 8, 3), np.uint8) for n in CAMERAS}, np.zeros(5), "go")])
@@ -229,7 +230,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "gives the state's arm as sine and cosine",
     ),
     "deviations": (robot(lambda r: r["action"].update(mean_std_embedding_keys=["grip"])), "normalises the action's grip by mean"),
-    "poses": (robot(lambda r: r["action"]["action_configs"][0].update(type="EEF")), "counts the poses of 'arm' from the hand's own frame"),
+    "poses": (
+        robot(lambda r: r["action"]["action_configs"][0].update(type="EEF")),
+        "from the hand's own frame as DEFAULT; only XYZ_ROT6D",
+    ),
     "past frames": (robot(lambda r: r["video"].update(delta_indices=[-5, 0])), r"looks at video of steps \[-5, 0\]"),
     "another VLM": (config(model_name="nvidia/Other"), "stands on 'nvidia/Other'; known VLMs are"),
     "refining": (config(vl_self_attention_cfg=None), "vl_self_attention_cfg"),

@@ -16,7 +16,7 @@ from triune import UserError
 from triune.cli import model as cli
 from triune.config import CONFIGS, load, merge, parse
 from triune.data import Observation
-from triune.data.transforms import Relative
+from triune.data.transforms import Relative, RelativePose
 from triune.policies import Request, TriunePolicy, load_policy, read_checkpoint, verify
 from triune.policies.convert import convert, fitted
 from triune.policies.released.base import Sizes, by_layout
@@ -204,6 +204,22 @@ def test_relative_actions_come_back() -> None:
     assert np.allclose(moved[..., 0], action[..., 0] - state[:, None, 3]) and np.array_equal(moved[..., 1], action[..., 1])
     assert np.allclose(relative.undo(moved, state), action)
     assert torch.allclose(relative.undo(torch.from_numpy(moved), torch.from_numpy(state)), torch.from_numpy(action))
+
+
+def test_relative_poses_come_back() -> None:
+    """And a hand that turns with its frame stays where it was in it."""
+    rng = np.random.default_rng(0)
+    state, action = rng.normal(size=(2, 12)), rng.normal(size=(2, 5, 10))
+    pose = RelativePose(action=1, state=2)
+    whole = pose.undo(action, state)
+    again = pose.undo(pose.apply(whole, state), state)
+    assert np.allclose(again, whole) and np.array_equal(whole[..., [0]], action[..., [0]])
+    still = np.tile(np.eye(3)[:2].ravel(), (2, 5, 1))
+    here = np.concatenate([np.zeros((2, 5, 1)), np.zeros((2, 5, 3)), still], axis=-1)
+    assert np.allclose(pose.undo(here, state)[..., 1:4], state[:, None, 2:5])
+    quarter = np.concatenate([np.zeros(2), [1.0, 2, 3], [0, -1, 0, 1, 0, 0]])  # its x axis is where y was
+    forward = np.concatenate([np.zeros(1), [1.0, 0, 0], np.eye(3)[:2].ravel()])
+    assert np.allclose(pose.undo(forward[None], quarter)[0, 1:], [1, 3, 3, 0, -1, 0, 1, 0, 0])
 
 
 # what cannot be converted --------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 
 FILE = Path(__file__).with_name("groot.json")
 SEED = 20261123
-SIDE, HORIZON, NUMBERS, ROBOTS = 64, 8, 12, 12
+SIDE, HORIZON, NUMBERS, ROBOTS = 64, 8, 12, 26
 VLM = "Qwen/Qwen3-VL-tiny"
 SPECIAL = {
     "<|im_start|>": 500,
@@ -54,8 +54,16 @@ KINDS: dict[str, dict[str, Any]] = {
         "chunk": 6,
         "processor": {"use_percentiles": False, "use_relative_action": True, "shortest_image_edge": SIDE, "crop_fraction": 0.9},
     },
+    "oxe_droid_relative_eef_relative_joint": {
+        "state": {"grip": 1, "eef": 9},
+        "action": {"eef": 9, "grip": 1},
+        "relative": ("eef",),
+        "chunk": 7,
+        "processor": {"use_percentiles": True, "use_relative_action": True, "shortest_image_edge": SIDE, "crop_fraction": 0.9},
+    },
 }
-"""Tag of a robot -> its numbers; the second has joints relative to the state, with statistics of their own for each step."""
+"""Tag of a robot -> its numbers. The second has joints relative to the state, the third the hand's poses, each with statistics of
+their own for every step."""
 CAMERAS = ("front", "wrist")
 CASES: tuple[tuple[str, tuple[tuple[int, int], tuple[int, int]]], ...] = (
     ("Pick up the cube!", ((64, 64), (64, 64))),
@@ -194,7 +202,9 @@ def processor(tag: str) -> Any:
     from gr00t.model.gr00t_n1d7.processing_gr00t_n1d7 import Gr00tN1d7Processor
 
     kind = KINDS[tag]
-    rep = [{"rep": "RELATIVE" if key in kind["relative"] else "ABSOLUTE", "type": "NON_EEF", "format": "DEFAULT"} for key in kind["action"]]
+    meant = {"eef": {"type": "EEF", "format": "XYZ_ROT6D"}}
+    plain = {"type": "NON_EEF", "format": "DEFAULT"}
+    rep = [{"rep": "RELATIVE" if key in kind["relative"] else "ABSOLUTE"} | meant.get(key, plain) for key in kind["action"]]
     parts = {
         "video": ModalityConfig(delta_indices=[0], modality_keys=list(CAMERAS)),
         "state": ModalityConfig(delta_indices=[0], modality_keys=list(kind["state"])),

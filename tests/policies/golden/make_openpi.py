@@ -11,6 +11,7 @@ jax, flax, einops and sentencepiece on PYTHONPATH:
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -198,7 +199,7 @@ def main(commit: str) -> None:
     kinds = {}
     for kind, config in KINDS.items():
         made = network(config)
-        scratch = Path(f"/tmp/openpi_{kind}.safetensors")
+        scratch = Path(tempfile.mkdtemp()) / "model.safetensors"
         save_model(made, scratch)
         shapes = {name: list(tensor.shape) for name, tensor in load_file(scratch).items()}
         save_file({name: torch.from_numpy(x) for name, x in draw(shapes).items()}, scratch)
