@@ -29,11 +29,11 @@ def stats(
 
     if (relative is None) != (chunk is None):
         raise UserError("--relative and --chunk belong together: the offsets depend on how long a chunk is; give both, or neither")
-    transform = None if relative is None else Relative(state_of=_dimensions(relative))
+    counted = None if relative is None else Relative(state_of=_dimensions(relative)).apply
     opened = open_dataset(dataset)
     sketches = sketch_dataset(opened)
     if chunk is not None:
-        sketches["action"] = sketch_actions(ChunkSampler(opened, chunk, 1, seed=0, foresight=0), transform)
+        sketches["action"] = sketch_actions(ChunkSampler(opened, chunk, 1, seed=0, foresight=0), counted)
     found = {key: sketch.statistics() for key, sketch in sketches.items()}
     names = {"observation.state": opened.contract.state.names, "action": opened.contract.action.names}
     compared: dict[str, Comparison] = {}

@@ -77,17 +77,35 @@ def score(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a released lerobot policy: pi0, pi0.5 or SmolVLA.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder of a released policy: of lerobot, openpi's PyTorch or Isaac-GR00T N1.7.")
+    ],
     out: Annotated[Path, typer.Argument(help="The checkpoint to write; must not be there yet.")],
+    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What an openpi folder does not tell.")] = None,
+    config: Annotated[str | None, typer.Option(help="The same from configs/openpi or a YAML file.")] = None,
+    embodiment: Annotated[str | None, typer.Option(help="Which robot of a GR00T.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder with the tokenizer, where the hub's cache does not hold it.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Write a lerobot policy as a checkpoint that gives the same actions from the same noise."""
+    """Write a released policy as a checkpoint that gives the same actions from the same noise."""
     from ..policies.convert import convert as run
 
-    contract = run(source, out, tokenizer)
+    contract = run(source, out, tokenizer, config, changes, embodiment)
     if json:
         print_json({"checkpoint": str(out), "contract": contract.model_dump(mode="json")})
     else:
         sizes = (", ".join(contract.camera_names), contract.state.size, contract.action.size, contract.chunk, contract.executed)
-        print_table(str(out), ["cameras", "state", "action", "chunk", "executed"], [sizes])
+        said = (contract.action.mode or "unknown", contract.rate or "unknown")
+        print_table(str(out), ["cameras", "state", "action", "chunk", "executed", "actions are", "Hz"], [(*sizes, *said)])
+
+
+@app.command()
+def merge(
+    checkpoint: Annotated[Path, typer.Argument(help="A fine-tuned checkpoint, or its run's folder.")],
+    out: Annotated[Path, typer.Argument(help="The checkpoint to write; must not be there yet.")],
+) -> None:
+    """Write a fine-tuned checkpoint as one that stands alone: adapters become part of the weights they were trained beside."""
+    from ..policies.merge import merge_checkpoint
+
+    merge_checkpoint(checkpoint, out)
+    print(f"checkpoint: {out}")

@@ -5,9 +5,8 @@ quantile is at most 0.004 % of the range off (see ``sketch``).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,9 +16,6 @@ from .files import write_file
 from .readers import Dataset
 from .sampler import ChunkSampler
 from .sketch import Lattice
-
-if TYPE_CHECKING:
-    from .transforms import Relative
 
 EXACT = 2**17
 """Rows that a sketch keeps before it begins to count in cells."""
@@ -183,13 +179,17 @@ def compute_statistics(dataset: Dataset, keys: Sequence[str] | None = None, epis
     return {key: sketch.statistics() for key, sketch in sketch_dataset(dataset, keys, episodes).items()}
 
 
-def sketch_actions(sampler: ChunkSampler, relative: "Relative | None" = None) -> Sketch:
-    """Actions as a network meets them: those of every chunk that ``sampler`` may draw, after ``relative``; padding does not count."""
+def sketch_actions(sampler: ChunkSampler, counted: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None) -> Sketch:
+    """Actions as a network meets them: those of every chunk that ``sampler`` may draw; padding does not count.
+
+    Args:
+        counted: what actions (B, C, A) become with the state (B, S) at their chunk's start, such as ``Relative.apply``.
+    """
     sketch: Sketch | None = None
     rows = max(1, BLOCK // sampler.chunk)
     for start in range(0, len(sampler.frames), rows):
         batch = sampler.gather(sampler.frames[start : start + rows])
-        action = batch["action"] if relative is None else relative.apply(batch["action"], batch["state"])
+        action = batch["action"] if counted is None else counted(batch["action"], batch["state"])
         sketch = sketch or Sketch(action.shape[-1])
         sketch.add(action[batch["mask"]])
     assert sketch is not None, "a sampler has at least one frame"

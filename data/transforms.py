@@ -113,21 +113,73 @@ class Normaliser:
 
 class Affine(Strict):
     """``(x - shift) / scale + bias`` per dimension, in fp32 and in this order: normalisation that is given rather than derived from
-    statistics. Its numbers round as those of the network's origin did, so a value at the end of a range stays there."""
+    statistics. Its numbers round as those of the network's origin did, so a value at the end of a range stays there.
 
-    shift: Row
-    scale: Row
+    Attributes:
+        shift, scale: one number per dimension, or such a row for every step of a chunk. Where the scale is 0 nothing varies: any value
+            becomes 0, and what is undone the shift.
+        clip: whether values in network units are brought into [-1, 1], on both ways.
+    """
+
+    shift: Row | tuple[Row, ...]
+    scale: Row | tuple[Row, ...]
     bias: float = 0.0
+    clip: bool = False
 
     def normalise(self, values: np.ndarray) -> np.ndarray:
         """Physical units to network units, float32 (..., D)."""
         shift, scale = np.array(self.shift, np.float32), np.array(self.scale, np.float32)
-        return (values.astype(np.float32) - shift) / scale + np.float32(self.bias)
+        still = scale == 0
+        normal = np.where(still, np.float32(0), (values.astype(np.float32) - shift) / np.where(still, 1, scale) + np.float32(self.bias))
+        return normal.clip(-1, 1) if self.clip else normal
 
     def unnormalise(self, values: np.ndarray) -> np.ndarray:
         """Network units to physical units, float32 (..., D)."""
         shift, scale = np.array(self.shift, np.float32), np.array(self.scale, np.float32)
-        return (values.astype(np.float32) - np.float32(self.bias)) * scale + shift
+        normal = values.astype(np.float32).clip(-1, 1) if self.clip else values.astype(np.float32)
+        return (normal - np.float32(self.bias)) * scale + shift
+
+
+class RelativePose(Strict):
+    """Poses of a hand counted from where it is when their chunk begins, in its own frame: three numbers of place and the first two rows
+    of its rotation matrix (GR00T's XYZ_ROT6D). What is no rotation quite becomes the nearest by Gram and Schmidt.
+
+    Attributes:
+        action, state: where the nine numbers begin.
+    """
+
+    action: int
+    state: int
+
+    def apply(self, action: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """Actions (..., C, A) with their pose seen from that of the state (..., S) of their chunk."""
+        place, turn, origin, frame = self._poses(action, state)
+        back = frame.swapaxes(-1, -2)
+        return self._with(action, (back @ (place - origin)[..., None])[..., 0], back @ turn)
+
+    def undo(self, action: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """The inverse of ``apply``."""
+        place, turn, origin, frame = self._poses(action, state)
+        return self._with(action, (frame @ place[..., None])[..., 0] + origin, frame @ turn)
+
+    def _poses(self, action: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Place and rotation of the actions (..., C, 3) and (..., C, 3, 3), and of the state (..., 1, 3) and (..., 1, 3, 3)."""
+        own = action[..., self.action : self.action + 9].astype(np.float64)
+        there = state[..., None, self.state : self.state + 9].astype(np.float64)
+        return own[..., :3], _rotation(own[..., 3:]), there[..., :3], _rotation(there[..., 3:])
+
+    def _with(self, action: np.ndarray, place: np.ndarray, turn: np.ndarray) -> np.ndarray:
+        out = action.copy()
+        out[..., self.action : self.action + 9] = np.concatenate([place, turn[..., 0, :], turn[..., 1, :]], axis=-1)
+        return out
+
+
+def _rotation(rows: np.ndarray) -> np.ndarray:
+    """Rotation matrices (..., 3, 3) of their first two rows (..., 6)."""
+    first = rows[..., :3] / np.linalg.norm(rows[..., :3], axis=-1, keepdims=True)
+    second = rows[..., 3:] - (first * rows[..., 3:]).sum(-1, keepdims=True) * first
+    second = second / np.linalg.norm(second, axis=-1, keepdims=True)
+    return np.stack([first, second, np.cross(first, second)], axis=-2)
 
 
 SMALLEST_SCALE = 1e-4

@@ -121,9 +121,8 @@ class TriunePolicy(Policy):
             session.step += 1
             if frames > 1:
                 session.seen = [*session.seen, self._seen(request.observation)][1 - frames :]
-        actions = self.action.unnormalise(outputs.actions.float().cpu().numpy()[..., : self.contract.action.size])
-        if self.settings.relative is not None:
-            actions = self.settings.relative.undo(actions, np.stack([r.observation.state for r in padded]))
+        actions = self.action.unnormalise(outputs.actions.float().cpu().numpy()[:, : self.contract.chunk, : self.contract.action.size])
+        actions = self.settings.absolute(actions, np.stack([r.observation.state for r in padded]))
         timing = {"encode": 1e3 * (encoded - began), "model": 1e3 * (time.perf_counter() - encoded)}
         rate = self.contract.rate or 0.0
         return [

@@ -37,6 +37,7 @@ VERBS = (
     ("model", "check"),
     ("model", "score"),
     ("model", "convert"),
+    ("model", "merge"),
 )
 Run = Callable[..., tuple[int, str, str]]
 

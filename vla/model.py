@@ -43,18 +43,24 @@ class Model(nn.Module):
         }
         times = {n: self._time(n) for n in streams}
         kinds = {kind: [n for n, s in streams.items() if s.tokens == kind] for kind in ("state", "hidden", "queries")}
-        self.states = ModuleDict({n: StateEncoder(spec.state_dim, widths[n], streams[n].encoder) for n in kinds["state"]})
+        self.states = ModuleDict({n: StateEncoder(spec.state_dim, widths[n], streams[n].encoder, streams[n].inner) for n in kinds["state"]})
         self.actions = ModuleDict(
-            {n: FlowCodec(h.action_dim, widths[n], streams[n].encoder, *times[n]) for n, h in spec.heads.items() if isinstance(h, FlowHead)}
+            {
+                n: FlowCodec(h.action_dim, widths[n], streams[n].encoder, *times[n], h.inner)
+                for n, h in spec.heads.items()
+                if isinstance(h, FlowHead)
+            }
         )
         self.foresight = ModuleDict(
             {n: LatentForesight(h, streams[n], widths[n], *times[n]) for n, h in spec.heads.items() if isinstance(h, LatentHead)}
         )
         self.adapters = ModuleDict(
-            {n: mlp(widths[s.of], widths[n], s.encoder) for n in kinds["hidden"] if (s := streams[n]).of is not None}
+            {n: mlp(widths[s.of], widths[n], s.encoder, s.inner) for n in kinds["hidden"] if (s := streams[n]).of is not None}
         )
         given = {n: s.width for n, s in streams.items() if s.tokens == "features" and n in self.graph.owner}
-        self.features = ModuleDict({n: mlp(size, widths[n], streams[n].encoder) for n, size in given.items() if size is not None})
+        self.features = ModuleDict(
+            {n: mlp(size, widths[n], streams[n].encoder, streams[n].inner) for n, size in given.items() if size is not None}
+        )
         said = {n: s.vocabulary for n, s in streams.items() if s.vocabulary is not None}
         self.words = ModuleDict({n: nn.Embedding(size, widths[n]) for n, size in said.items()})
         spoken = [n for n, h in spec.heads.items() if isinstance(h, WordHead)]
@@ -63,6 +69,8 @@ class Model(nn.Module):
             nn.init.normal_(self.words[n].weight, std=0.02)
         learned = {n: torch.randn(streams[n].length, widths[n]) * 0.02 for n in kinds["queries"] if n not in spec.heads}
         self.registers = nn.ParameterDict(learned)
+        seats = {n: torch.randn(s.length, widths[n]) * 0.02 for n, s in streams.items() if s.table == "learned"}
+        self.places = nn.ParameterDict(seats)
         for name, config in spec.experts.items():
             if config.frozen:
                 self.mot.experts[name].requires_grad_(False)
@@ -300,7 +308,7 @@ class Model(nn.Module):
     def flow_shapes(self) -> dict[str, tuple[int, int]]:
         """Flow -> tokens and numbers per token (T, X), that of the actions first."""
         first = [*self.actions, *(n for n in self.spec.flows if n not in self.actions)]
-        return {n: (self.spec.streams[n].length, self.codec(n).out.out_features) for n in first}
+        return {n: (self.spec.streams[n].length, self.codec(n).size) for n in first}
 
     def shortened(self, length: int) -> "Model":
         """The same modules for prompts of ``length`` tokens, and for streams made of their hidden states."""
@@ -335,9 +343,11 @@ class Model(nn.Module):
 
     def _time(self, stream: str) -> tuple[str | None, TimeFeatures]:
         """Where the flow time joins a flow's tokens rather than the expert's norms: what its embedding is a function of, and which."""
-        expert = self.spec.experts.get(self.spec.streams[stream].expert or "")
+        expert, joins = self.spec.experts.get(self.spec.streams[stream].expert or ""), self.spec.streams[stream].joins
         if not isinstance(expert, DecoderExpert):
             return "t", TimeFeatures()
+        if joins is not None:
+            return expert.time_of, joins
         return None if expert.time != "none" else expert.time_of, expert.time_features
 
     def _embed(self, name: str, inputs: Inputs, noisy: Mapping[str, Noisy], cache: Cache, batch: int) -> Tokens:
@@ -347,7 +357,7 @@ class Model(nn.Module):
             assert inputs.images is not None and inputs.ids is not None, f"stream {name} needs images and prompt ids"
             prompt = self.vlm(name).embed(inputs.images, inputs.ids, inputs.present, inputs.seen.get(name))
             scale = prompt.x.shape[-1] ** 0.5 if stream.scale == "sqrt_width" else 1.0
-            return Tokens(prompt.x * scale, empty, inject=prompt.inject, own=prompt.own)
+            return Tokens(prompt.x * scale, empty, inject=prompt.inject, own=prompt.own, picture=inputs.ids == self.vlm(name).image_token)
         if stream.tokens in ("actions", "frames"):
             assert name in noisy, f"flow {name} needs what is noisy of it, and its time"
             x, time = self.codec(name).encode(noisy[name].x, noisy[name].time), noisy[name].time
@@ -356,11 +366,16 @@ class Model(nn.Module):
             time = torch.ones(x.shape[:2], device=x.device)
             if stream.time_of is not None:
                 time = noisy[stream.time_of].time[:, -1:].expand(x.shape[:2])
-        return Tokens(self.seated(name, x), empty, time=time if self._timed(name) else None)
+        source = cache.get(stream.of or "") if stream.tokens == "hidden" else None
+        return Tokens(
+            self.seated(name, x), empty, time=time if self._timed(name) else None, picture=None if source is None else source.picture
+        )
 
     def seated(self, name: str, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Embeddings of a stream with the sines of their places, where it has a table."""
+        """Embeddings of a stream with what a table says of their places, where it has one."""
         first = self.spec.streams[name].table
+        if first == "learned":
+            return x + self.places[name].to(x.dtype)
         return x if first is None else x + table(first, x.shape[1], x.shape[2]).to(x.device, x.dtype)
 
     def _clean(self, name: str, stream: Stream, inputs: Inputs, cache: Cache, batch: int) -> Tensor:

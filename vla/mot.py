@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, bias, blocks, sparse
-from .experts.base import Context, Expert
+from .experts.base import Context, Expert, Reading
 from .experts.decoder import Decoder
 from .experts.ready import Ready, ReadyDecoder, suits
 from .graph import Edges, Graph, Own, Step
@@ -30,6 +30,7 @@ class Tokens:
         inject: (B, T, D) each, added after the first, second, ... layer (DeepStack).
         own: positions that the stream's expert counted in its own way.
         first: positions at which the stream begins, where tokens of several samples share a row.
+        picture: (B, T) bool, which tokens are of images.
     """
 
     x: Tensor
@@ -39,6 +40,7 @@ class Tokens:
     inject: tuple[Tensor, ...] = ()
     own: Own | None = None
     first: Tensor | None = None
+    picture: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class KV:
     Attributes:
         keys, values: one tensor per layer; a context has none.
         present: (B, T) bool, or None where every token is present.
-        own: positions, as in ``Tokens``.
+        own, picture: positions and image tokens, as in ``Tokens``.
         hidden: (B, T, D), where a stream is read or made by them.
     """
 
@@ -57,6 +59,7 @@ class KV:
     present: Tensor | None = None
     own: Own | None = None
     hidden: Tensor | None = None
+    picture: Tensor | None = None
 
 
 Cache = Mapping[str, KV]
@@ -166,8 +169,8 @@ class Pass:
             if any(n in wanted for n in names):
                 final = self.ready[e].final(x[e], run).split(self.lengths[e], dim=1)
                 hidden |= {n: h for n, h in zip(names, final, strict=True) if n in wanted}
-        parts = {n: (tuple(ks), tuple(vs), self.tokens[n].present, self.tokens[n].own, hidden.get(n)) for n, (ks, vs) in kept.items()}
-        return {n: hidden[n] for n in outputs}, {n: KV(*part) for n, part in parts.items()}
+        facts = {n: (t.present, t.own, hidden.get(n), t.picture) for n, t in self.tokens.items() if n in kept}
+        return {n: hidden[n] for n in outputs}, {n: KV(tuple(ks), tuple(vs), *facts[n]) for n, (ks, vs) in kept.items()}
 
     def _advance(
         self, number: int, before: Mapping[str, Tensor], run: int, ends: bool
@@ -320,8 +323,10 @@ class Pass:
             hidden.append(states.detach() if any((r, col) in edges and edges[r, col].detach for r in rows) else states)
         if not cols:
             return None
-        context, present = self.experts[expert].inform(torch.cat(hidden, dim=1)), [self.cache[c].present for c in cols]
-        if all((r, c) in edges for r in rows for c in cols) and all(p is None for p in present):
+        module, present = self.experts[expert], [self.cache[c].present for c in cols]
+        context = module.inform(torch.cat(hidden, dim=1))
+        turns = module.config.cross.turns if isinstance(module, Decoder) and module.config.cross is not None else ("all",)
+        if all((r, c) in edges for r in rows for c in cols) and all(p is None for p in present) and turns == ("all",):
             return context
         device = hidden[0].device
         sizes = list(zip(rows, self.lengths[expert], strict=True)), [(c, h.shape[1]) for c, h in zip(cols, hidden, strict=True)]
@@ -329,9 +334,15 @@ class Pass:
         read = torch.cat([torch.cat(row, dim=1) for row in allowed])
         there = [torch.ones_like(h[..., 0], dtype=torch.bool) if p is None else p for h, p in zip(hidden, present, strict=True)]
         mask = read & torch.cat(there, dim=1)[:, None]
-        return replace(
-            context, mask=bias(mask[:, None], hidden[0].dtype) if self.still else mask[:, None], deaf=~mask.any(-1, keepdim=True)
-        )
+        pictures = [self.cache[c].picture for c in cols]
+        shown = [torch.zeros_like(t) if p is None else p for p, t in zip(pictures, there, strict=True)]
+        of = {"all": mask, "images": mask & (picture := torch.cat(shown, dim=1)[:, None]), "words": mask & ~picture}
+        readings = {turn: self._reading(of[turn], hidden[0]) for turn in set(turns)}
+        return replace(context, turns=tuple(readings[turn] for turn in turns))
+
+    def _reading(self, mask: Tensor, hidden: Tensor) -> Reading:
+        """A mask (B, T, S) as cross layers apply it to what they read of ``hidden`` states."""
+        return Reading(bias(mask[:, None], hidden.dtype) if self.still else mask[:, None], ~mask.any(-1, keepdim=True))
 
 
 @dataclass(frozen=True)

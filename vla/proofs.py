@@ -61,7 +61,7 @@ def probe(model: Model, batch: int = 2, seed: int = 0) -> Probe:
     latents = None
     for name, module in model.foresight.items():
         if module.autoencoder is None:  # latents come with the data
-            patches = model.codec(name).out.out_features if module.codec is not None else module.out.out_features
+            patches = model.codec(name).size if module.codec is not None else module.out.out_features
             targets = replace(targets, future=torch.randn(batch, streams[name].length, patches, generator=rng))
             seen = next((s.length for s in streams.values() if s.tokens == "present" and s.of == name), streams[name].length)
             latents = torch.randn(batch, seen, patches, generator=rng)

@@ -17,6 +17,8 @@ from ..config import Strict, find, load_tree, parse
 from ..errors import UserError
 
 Relation = Literal["full", "causal", "row_causal", "window", "block_causal", "own_block", "earlier_block"]
+Encoder = Literal["mlp", "mlp3", "linear", "relu", "norm"]
+Turn = Literal["all", "words", "images"]
 PhaseKind = Literal["prefill", "ar", "regress", "denoise"]
 
 
@@ -42,7 +44,8 @@ class PretrainedExpert(Strict):
 
     ``weights`` is ``embedded:v1``, ``path:<dir>``, ``hf:<id>@<revision>``, or ``random:<one of these>`` for the same
     architecture with fresh weights: a control, or with ``random:config:<name>`` a published architecture to load weights into.
-    ``layers``: how many of its first layers are kept. ``rotary``: whether its keys turn as they were trained or by the space's base.
+    ``layers``: how many of its first layers are kept. ``final_norm``: whether its final hidden states are normed, or as its last layer
+    left them (GR00T). ``rotary``: whether its keys turn as they were trained or by the space's base.
     ``allow_perturb``: a frozen expert reads no other, unless this says that its answers may change with what it reads (F1).
     """
 
@@ -51,6 +54,7 @@ class PretrainedExpert(Strict):
     frozen: bool = True
     allow_perturb: bool = False
     layers: PositiveInt | None = None
+    final_norm: bool = True
     rotary: Literal["own", "space"] = "own"
 
     @model_validator(mode="after")
@@ -76,7 +80,8 @@ class CrossLayers(Strict):
     ``reads``: ``keys``, the rotated keys and values of the others in the same step, projected anew, with positions that count from
     their stream's start (SmolVLA), or ``hidden``, the final hidden states along edges ``via: hidden`` (GR00T, text of Wan).
     ``place``: ``instead`` of self-attention, or ``after`` it with a norm and an output of its own. ``adapter``: what hidden states
-    pass first, once for all layers.
+    pass first, once for all layers. ``turns``: what of them the first, second, ... of these layers reads, over and over: the words of a
+    prompt, its images, or all (GR00T).
     """
 
     first: NonNegativeInt = 1
@@ -84,11 +89,14 @@ class CrossLayers(Strict):
     reads: Literal["keys", "hidden"] = "keys"
     place: Literal["instead", "after"] = "instead"
     adapter: Literal["none", "mlp"] = "none"
+    turns: tuple[Turn, ...] = ("all",)
 
     @model_validator(mode="after")
     def _consistent(self) -> "CrossLayers":
-        if self.reads == "keys" and (self.place == "after" or self.adapter != "none"):
-            raise ValueError("place: after and adapter are for layers that read hidden states; set reads: hidden")
+        if self.reads == "keys" and (self.place == "after" or self.adapter != "none" or self.turns != ("all",)):
+            raise ValueError("place: after, adapter and turns are for layers that read hidden states; set reads: hidden")
+        if "all" not in self.turns and not {"words", "images"} <= set(self.turns):
+            raise ValueError(f"turns {', '.join(self.turns)} leave words or images unread; name both, or all")
         return self
 
 
@@ -109,9 +117,9 @@ class DecoderExpert(Strict):
 
     ``space``: its own attention space; where it meets others in keys, a ``bridge`` maps it into the shared one and back: ``linear``
     (HBridge) or with a layer norm behind (DeepVision). ``norm``: RMS with a weight, layer norm with weight
-    and bias, or without. ``qk_norm``: of each head, of the ``whole`` projection, or none. ``activation``: of the FFN, ``gated``
-    (SwiGLU, Gemma's GeGLU) or not. ``bias``: of all projections, or of the FFN's alone. ``axes``: rotary channels per axis of its
-    positions, by default all of one; an empty list turns nothing.
+    and bias, or without; ``final_eps``: that of the final one, where it differs from ``norm_eps``. ``qk_norm``: of each head, of the
+    ``whole`` projection, or none. ``activation``: of the FFN, ``gated`` (SwiGLU, Gemma's GeGLU) or not. ``bias``: of all projections, or
+    of the FFN's alone. ``axes``: rotary channels per axis of its positions, by default all of one; an empty list turns nothing.
     ``time``: how the flow time enters its layers: scale, shift and gate of each norm (``adaptive_norm``), scale and shift of the
     attention's alone (``attention_norm``, GR00T), or of a table in each layer plus one projection for all (``adaln``, Wan).
     ``time_of``: what its time embedding is a function of; weights trained with noise at t = 1 say ``1-t``.
@@ -126,6 +134,7 @@ class DecoderExpert(Strict):
     norm: Literal["rms", "layer", "layer_plain"] = "rms"
     norm_eps: PositiveFloat = 1e-6
     final_norm: bool = True
+    final_eps: PositiveFloat | None = None
     qk_norm: bool | Literal["whole"] = True
     bias: bool | Literal["ffn"] = False
     activation: Literal["silu", "gelu_tanh"] = "silu"
@@ -144,6 +153,8 @@ class DecoderExpert(Strict):
             raise ValueError(
                 "a bridge leads from a space of the expert's own, and not to layers that read in place of keys; set space alone"
             )
+        if self.cross is not None and sum(map(self.crosses, range(self.depth))) < len(self.cross.turns):
+            raise ValueError(f"an expert of {self.depth} layers has fewer cross layers than cross.turns; make it deeper")
         return self
 
     def crosses(self, layer: int) -> bool:
@@ -179,7 +190,9 @@ class Stream(Strict):
     come). Three are made ``of`` another stream: ``present``, the present frames encoded as that stream's frames are; ``clean``, that
     stream's data without noise (the target in training, its result in inference); ``hidden``, its final hidden states.
     ``length`` is the token count; the prompt's is its padded length. ``encoder``: how states, actions and hidden states become
-    tokens; ``table`` adds sines of their place to them, counted from its value. ``scale``: what a prompt's embeddings are multiplied
+    tokens: by SiLU MLPs, one linear layer, an MLP with ReLU of ``inner`` channels, or a layer norm of hidden states. ``joins``: features
+    of the flow time that join actions there although the expert's norms carry it (GR00T). ``table`` adds sines of their place to
+    tokens, counted from its value, or numbers that are ``learned``. ``scale``: what a prompt's embeddings are multiplied
     by. ``block`` is the block size of ``block_causal`` and ``own_block`` relations. ``time_of``: the flow stream whose time its
     tokens carry; without, they are clean (t = 1).
     ``positions``: ``continue`` counts on after all earlier streams (absent tokens are skipped), ``restart`` begins at ``start``.
@@ -193,8 +206,10 @@ class Stream(Strict):
     of: str | None = None
     width: PositiveInt | None = None
     vocabulary: PositiveInt | None = None
-    encoder: Literal["mlp", "mlp3", "linear"] = "mlp"
-    table: NonNegativeInt | None = None
+    encoder: Encoder = "mlp"
+    inner: PositiveInt | None = None
+    joins: TimeFeatures | None = None
+    table: NonNegativeInt | Literal["learned"] | None = None
     scale: Literal["one", "sqrt_width"] = "one"
     time_of: str | None = None
     block: PositiveInt | None = None
@@ -214,6 +229,12 @@ class Stream(Strict):
             raise ValueError("vocabulary is the number of ids of a stream of words, and only theirs")
         if (self.tokens in ("present", "clean", "hidden")) != (self.of is not None):
             raise ValueError("of names the stream that tokens of kind present, clean or hidden are made of, and only theirs")
+        if (self.encoder == "relu") != (self.inner is not None):
+            raise ValueError("inner is the width within an encoder with ReLU, and only there")
+        if self.encoder in ("relu", "norm") and self.tokens not in ("state", "hidden", "features"):
+            raise ValueError(f"encoder {self.encoder} is for states, features and hidden states, not for {self.tokens}")
+        if self.joins is not None and (self.tokens != "actions" or self.encoder != "mlp"):
+            raise ValueError("joins is for actions through an MLP")
         if self.grid is not None and prod(self.grid) != self.length:
             raise ValueError(f"grid {self.grid} holds {prod(self.grid)} tokens, length says {self.length}")
         if self.start and self.positions != "restart":
@@ -272,12 +293,14 @@ class Flow(Strict):
 
 class FlowHead(Flow):
     """Flow matching on the action chunk. ``prefix``: up to how many steps of it may be given clean (training-time real-time
-    chunking, arXiv 2512.05964: training draws how many, and they carry t = 1)."""
+    chunking, arXiv 2512.05964: training draws how many, and they carry t = 1). ``inner``: channels of an MLP with ReLU that makes the
+    velocity, in place of one linear layer."""
 
     kind: Literal["flow"] = "flow"
     action_dim: PositiveInt
     loss: Literal["l2", "l1"] = "l2"
     prefix: NonNegativeInt = 0
+    inner: PositiveInt | None = None
     weight: float = 1.0
 
 

@@ -1,6 +1,6 @@
 """The datasets of a recipe: opened, seen as one robot's, split, and what a policy must know of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,15 +106,18 @@ def relative_to(contract: Contract, names: Sequence[str]) -> Relative | None:
     return Relative(state_of=tuple(contract.state.names.index(n) if n in names else None for n in contract.action.names))
 
 
-def measure(demonstrations: Demonstrations, chunk: int, action_key: str, relative: Relative | None) -> dict[str, Statistics]:
-    """Statistics of states and actions over all training episodes; of relative actions over all steps of all chunks."""
+def measure(
+    demonstrations: Demonstrations, chunk: int, action_key: str, counted: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+) -> dict[str, Statistics]:
+    """Statistics of states and actions over all training episodes; of actions that are ``counted`` from the state, over all steps of all
+    chunks."""
     states: Sketch | None = None
     actions: Sketch | None = None
     for source in demonstrations.sources:
         found = sketch_dataset(source.dataset, ["observation.state", action_key], source.episodes)
-        if relative is not None:
+        if counted is not None:
             sampler = ChunkSampler(source.dataset, chunk, 1, 0, action_key, 1, source.episodes)
-            found[action_key] = sketch_actions(sampler, relative)
+            found[action_key] = sketch_actions(sampler, counted)
         states = _joined(states, found["observation.state"])
         actions = _joined(actions, found[action_key])
     assert states is not None and actions is not None

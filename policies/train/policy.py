@@ -56,7 +56,8 @@ class Recipe(Strict):
         prompt: template of the words; ``{instruction}`` is filled in.
         normalise_state, normalise_action: how; by default as the policy of ``init`` does, or mean_std and quantile.
         statistics: of the ``data``, or those of the ``checkpoint`` to go on from (``vla data stats --against`` compares them).
-        relative: names of actions that are learned as offsets from the state of the same name at the chunk's start.
+        relative: names of actions that are learned as offsets from the state of the same name at the chunk's start; by default those of
+            the policy of ``init``, or none.
         stride: frames between the starts of training chunks; 2 halves what has to be encoded.
         state_noise: standard deviation added to the normalised state, so that the policy looks rather than counts.
         experts: how each expert learns, where not as the spec says.
@@ -81,7 +82,7 @@ class Recipe(Strict):
     normalise_state: Kind | None = None
     normalise_action: Kind | None = None
     statistics: Literal["data", "checkpoint"] = "data"
-    relative: tuple[str, ...] = ()
+    relative: tuple[str, ...] | None = None
     stride: PositiveInt = 1
     state_noise: NonNegativeFloat = 0.0
     pack: bool = False
@@ -102,7 +103,7 @@ class Recipe(Strict):
             raise ValueError("'executed' is required: how many control steps of each chunk are executed")
         if self.init is None and self.statistics == "checkpoint":
             raise ValueError("statistics: checkpoint are those of init, which is not given")
-        if self.statistics == "checkpoint" and (self.relative or self.normalise_state or self.normalise_action):
+        if self.statistics == "checkpoint" and (self.relative is not None or self.normalise_state or self.normalise_action):
             raise ValueError(
                 "statistics: checkpoint normalise as that policy did; leave out relative, normalise_state and normalise_action"
             )
@@ -240,8 +241,7 @@ class PolicyTask:
 
     def _known(self, drawn: Batch, state: np.ndarray, part: Part, frames: InMemory | Streamed | None = None) -> dict[str, Any]:
         """All but what is seen: states and actions padded to the network's sizes, words, and the future."""
-        relative, frames = self.settings.relative, frames or self.frames
-        action = drawn["action"] if relative is None else relative.apply(drawn["action"], drawn["state"])
+        frames, action = frames or self.frames, self.settings.counted(drawn["action"], drawn["state"])
         head = next(h for h in self.spec.heads.values() if isinstance(h, FlowHead))
         ids, present = self._words(drawn, state)
         batch: dict[str, Any] = {
@@ -311,23 +311,24 @@ class PolicyTask:
         still = sorted({".".join(n.split(".")[1:3]) for n, p in self._own().items() if not p.requires_grad})
         if still:
             raise UserError(
-                f"{', '.join(still)} would stay random: what does not learn, or learns by adapters, must come from a checkpoint; name it as "
-                "init, or let it learn"
+                f"{', '.join(still)} would stay random: what does not learn, or learns by adapters, must come from a checkpoint: name it "
+                "as init, or let it learn"
             )
 
     def _settings(self) -> Settings:
         """Those of the policy to go on from, with this recipe's relative actions."""
         base = Settings() if self.base is None else parse(Settings, self.base.info.settings, self.base.folder / "policy.json")
-        if self.recipe.statistics == "checkpoint":
+        if self.recipe.relative is None:
             return base
-        return base.model_copy(update={"relative": relative_to(self.demonstrations.contract, self.recipe.relative)})
+        return base.model_copy(update={"relative": relative_to(self.demonstrations.contract, self.recipe.relative), "poses": ()})
 
     def _normalisers(self) -> None:
         self.statistics: dict[str, Statistics | Affine]
         if self.recipe.statistics == "checkpoint" and self.base is not None:
             self.statistics = read_statistics(self.base)
         else:
-            self.statistics = dict(measure(self.demonstrations, self.chunk, self.recipe.action_key, self.settings.relative))
+            counted = self.settings.counted if self.settings.counts else None
+            self.statistics = dict(measure(self.demonstrations, self.chunk, self.recipe.action_key, counted))
         self.state = normaliser(self.statistics["observation.state"], self.contract.state)
         self.action = normaliser(self.statistics["action"], self.contract.action)
 

@@ -129,7 +129,7 @@ def test_statistics_of_relative_chunks(make_dataset: MakeDataset) -> None:
     """Over all pairs of a frame and a step of its chunk; what lies beyond an episode does not count."""
     dataset: Dataset = open_dataset(make_dataset(5))
     sampler = ChunkSampler(dataset, 4, 1, seed=0, foresight=0, episodes=[0, 2, 3])
-    found = sketch_actions(sampler, Relative(state_of=(1, None, 2))).statistics()
+    found = sketch_actions(sampler, Relative(state_of=(1, None, 2)).apply).statistics()
     pairs = []
     for i in (0, 2, 3):
         frames = dataset.episodes[i].frames

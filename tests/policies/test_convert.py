@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,14 +21,16 @@ from triune.config import load_tree, merge, parse
 from triune.data import Observation
 from triune.policies import Request, TriunePolicy, load_policy, read_checkpoint, verify
 from triune.policies.checkpoint import seal
-from triune.policies.convert import _renamed, convert
+from triune.policies.convert import convert, fitted
+from triune.policies.released.base import Sizes, by_layout
 from triune.policies.triune import Undrawn, anchored
 from triune.vla import Spec, load_spec
 from triune.vla.model import Model, sketch
 from triune.vla.weights.references import ASSETS
-from triune.vla.weights.released import HEAD_DIM, LAYOUTS, VISION_HEADS, Shapes, spec_changes, vlm_config
+from triune.vla.weights.released import HEAD_DIM, LAYOUTS, VISION_HEADS
 
 from ..lerobot_peers import CHUNK, DIM, SIDE, SMOL_SIDE, WIDTH, pi_classes, pi_config, pi_fill, smol_config, smol_fill, smol_folder
+from .tokens import byte_tokenizer
 
 KINDS = ("pi0", "pi05", "smolvla")
 STATE_SIZE, ACTION_SIZE = 4, 3  # of the robot; the networks have 6
@@ -44,23 +47,6 @@ MODES = {
     "pi05": {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"},
     "smolvla": {"VISUAL": "IDENTITY", "STATE": "MIN_MAX", "ACTION": "MEAN_STD"},
 }
-
-
-def byte_tokenizer(folder: Path) -> Path:
-    """A tokenizer of one token a byte, with a beginning-of-sequence token and the special tokens that SmolVLA asks for."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    special = ("<pad>", "<eos>", "<bos>", "<image>", "<fake_token_around_image>", "<global-img>", "<unk>")
-    names = {word: i for i, word in enumerate((*special, *sorted(pre_tokenizers.ByteLevel.alphabet())))}
-    tokenizer = Tokenizer(models.BPE(vocab=names, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    images = {"image_token": special[3], "fake_image_token": special[4], "global_image_token": special[5]}
-    words = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=images, **words).save_pretrained(folder)
-    return folder
 
 
 @dataclass
@@ -157,7 +143,7 @@ def converted(released: Callable[[str], Released], tmp_path_factory: pytest.Temp
         if kind not in done:
             done[kind] = tmp_path_factory.mktemp("converted") / kind
             source = released(kind)
-            cli.convert(source.folder, done[kind], None if kind == "smolvla" else source.tokenizer, json=kind == "pi0")
+            cli.convert(source.folder, done[kind], tokenizer=None if kind == "smolvla" else source.tokenizer, json=kind == "pi0")
         return done[kind]
 
     return get
@@ -405,7 +391,7 @@ def test_a_tokenizer_that_saving_changes_is_refused(released: Any, tmp_path: Pat
         def save_pretrained(self, folder: Path) -> None:
             shutil.copytree(released("pi0").tokenizer, folder, dirs_exist_ok=True)
 
-    monkeypatch.setattr("triune.policies.convert._tokenizer", lambda *_: Odd())
+    monkeypatch.setattr("triune.policies.released.lerobot.load_tokenizer", lambda *_: Odd())
     with pytest.raises(UserError, match="gives other tokens once it is saved"):
         convert(released("pi0").folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -449,14 +435,14 @@ def test_published_sizes_are_those_of_our_specs(kind: str, tmp_path: Path) -> No
             name = {"pi0": "PI0", "pi05": "PI05"}[kind]
             network = getattr(module, f"{name}Pytorch")(getattr(package, f"{name}Config")(device="cpu"))
     tensors = network.state_dict()
-    shapes, layout = Shapes({key: tuple(t.shape) for key, t in tensors.items()}, tmp_path / "model.safetensors"), LAYOUTS[kind]
-    vlm = vlm_config(layout, shapes)
-    (tmp_path / "config.json").write_text(json.dumps(vlm))
     size, words = ((512, 512), 48) if kind == "smolvla" else ((224, 224), {"pi0": 48, "pi05": 200}[kind])
     spec = load_spec(kind)
-    tree = merge(spec.model_dump(mode="json"), spec_changes(layout, shapes, vlm, size, words, 3))
+    sizes = Sizes(size, words, spec.streams["action"].length, 10, spec.state_dim, spec.cameras)
+    made = by_layout(LAYOUTS[kind], tensors, tmp_path / "model.safetensors", sizes, "")
+    (tmp_path / "config.json").write_text(json.dumps(made["vlm"]))
+    tree = made["spec"].model_dump(mode="json")
     tree["experts"]["und"] |= {"weights": f"random:path:{tmp_path}"}
-    found = parse(Spec, tree, kind)
-    _renamed(layout, tensors, sketch(found), shapes.file)
-    same = {"experts": {"und": spec.experts["und"].model_dump(mode="json")}}
+    release = SimpleNamespace(**made)
+    fitted(cast(Any, release), sketch(parse(Spec, tree, kind)), "mot.experts.und.model.")
+    same = {"experts": {"und": spec.experts["und"].model_dump(mode="json")}, "schedule": spec.model_dump(mode="json")["schedule"]}
     assert parse(Spec, merge(tree, same), kind) == spec

@@ -96,7 +96,7 @@ def test_fine_tuning_twice(tuned: dict, tmp_path: Path) -> None:
 
 
 def test_merged_it_stands_alone(tuned: dict, tmp_path: Path) -> None:
-    from triune.policies.convert import merge_checkpoint
+    from triune.policies.merge import merge_checkpoint
 
     folder = train({**tuned, "experts": {"act": LORA, "und": LORA}}, tmp_path)
     merge_checkpoint(folder, tmp_path / "whole")

@@ -7,8 +7,9 @@ import torch
 from rich.console import Console
 
 from triune import UserError
-from triune.vla import build
+from triune.vla import build, load_spec
 from triune.vla.engine import infer
+from triune.vla.experts.base import Context
 from triune.vla.experts.pretrained import PromptEncoder
 from triune.vla.flow import draw_times, grid, interpolate
 from triune.vla.proofs import probe
@@ -31,6 +32,46 @@ def test_beta_times_lie_near_noise() -> None:
     times = draw_times((20000,), Flow(), torch.Generator().manual_seed(0))
     assert times.min() >= 0 and times.max() < 1
     assert times.mean() == pytest.approx(1 - (0.999 * 0.6 + 0.001), abs=0.01)  # Beta(1.5, 1) has mean 0.6
+
+
+def test_padding_reaches_nothing_through_hidden_states() -> None:
+    """GR00T's refining layers and its action expert read states that are made of a prompt: of what is there alone."""
+    model = build(load_spec("groot_n17_tiny")).eval()
+    data = probe(model)
+    absent = ~data.inputs.present
+    assert absent.any()
+    moved = {n: torch.zeros(2, model.spec.streams[n].length, w) for n, w in model.widths.items()}
+    with torch.no_grad():
+        plain = model.run(data.inputs, data.noisy, moved=moved)["action"]
+        garbage = model.run(data.inputs, data.noisy, moved=moved | {"obs": moved["obs"] + 5 * absent[..., None]})["action"]
+        shown = model.run(data.inputs, data.noisy, moved=moved | {"obs": moved["obs"] + 5 * ~absent[..., None]})["action"]
+    assert torch.equal(plain, garbage) and not torch.allclose(plain, shown)
+
+
+@pytest.mark.parametrize("turns", [("words", "images"), ("images", "words"), ("all",)])
+def test_cross_layers_read_words_and_images_by_turns(turns: tuple[str, ...]) -> None:
+    """The first of two such layers reads what comes first in ``turns``, the second what follows."""
+    spec = load_spec("groot_n17_tiny", [f"experts.act.cross.turns=[{', '.join(turns)}]", "experts.act.depth=4"])
+    model = build(spec).eval()
+    data = probe(model)
+    picture = data.inputs.ids == model.vlm("obs").image_token
+    assert picture.any() and (~picture & data.inputs.present).any()
+    heard = {}
+    act = model.mot.experts["act"]
+    original = act.hear
+
+    def hear(layer: int, x: torch.Tensor, context: Context, condition: torch.Tensor | None) -> torch.Tensor:
+        heard[layer] = context.turns[layer // 2 % len(context.turns)].mask
+        return original(layer, x, context, condition)
+
+    act.hear = hear
+    with torch.no_grad():
+        model.run(data.inputs, data.noisy)
+    present = data.inputs.present
+    wanted = {"words": ~picture & present, "images": picture & present, "all": present}
+    for number, layer in enumerate((0, 2)):
+        mask = heard[layer][:, 0, 0]
+        assert torch.equal(mask, wanted[turns[number % len(turns)]])
 
 
 def test_inference_is_a_function_of_its_noise(make_spec) -> None:

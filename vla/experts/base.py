@@ -27,23 +27,34 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Context:
-    """Hidden states of others as an expert's cross layers read them.
+class Reading:
+    """Who reads which of the hidden states in a layer.
 
     Attributes:
-        keys, values: (B, G, S, H) per layer of the expert; None where the layer reads none.
         mask: (B or 1, 1, T, S), True where a token may read, or what is added to the scores; None where all may.
         deaf: (B or 1, T, 1), True for tokens that read nothing; None where there are none.
     """
 
-    keys: tuple[Tensor | None, ...]
-    values: tuple[Tensor | None, ...]
     mask: Tensor | None = None
     deaf: Tensor | None = None
 
     def silenced(self, heard: Tensor) -> Tensor:
         """What was heard, with nothing for tokens that read nothing."""
         return heard if self.deaf is None else heard.masked_fill(self.deaf, 0.0)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Hidden states of others as an expert's cross layers read them.
+
+    Attributes:
+        keys, values: (B, G, S, H) per layer of the expert; None where the layer reads none.
+        turns: how the first, second, ... of its cross layers reads them, over and over.
+    """
+
+    keys: tuple[Tensor | None, ...]
+    values: tuple[Tensor | None, ...]
+    turns: tuple[Reading, ...] = (Reading(),)
 
 
 class Expert(nn.Module, ABC):

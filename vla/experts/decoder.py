@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ..attention import attend, rotary, rotate
 from ..flow import TimeEmbedding
 from ..spec import DecoderExpert, Space
-from .base import QKV, Context, Expert
+from .base import QKV, Context, Expert, Reading
 
 
 class RMSNorm(nn.Module):
@@ -146,7 +146,8 @@ class Decoder(Expert):
             )
             source = config.width
         self.layers = nn.ModuleList(DecoderLayer(config, space, layer, source) for layer in range(config.depth))
-        self.final_norm = _norm(config, slice(6, 7)) if config.final_norm else None
+        last = config.model_copy(update={"norm_eps": config.final_eps or config.norm_eps})
+        self.final_norm = _norm(last, slice(6, 7)) if config.final_norm else None
         self.time = TimeEmbedding(config.width, config.time_features) if config.time != "none" else None
         self.modulation = nn.Linear(config.width, 6 * config.width) if config.time == "adaln" else None
         residual_std = 0.02 / (2 * config.depth) ** 0.5
@@ -205,7 +206,8 @@ class Decoder(Expert):
         part, keys, values = self._cross(layer), context.keys[layer], context.values[layer]
         assert keys is not None and values is not None
         normed = self._layer(layer).attention_norm.modulated(x, condition) if part.norm is None else part.norm(x)
-        return context.silenced(attend(self._heads(part.q(normed), part.q_norm), keys, values, context.mask))
+        reading = self._reading(layer, context)
+        return reading.silenced(attend(self._heads(part.q(normed), part.q_norm), keys, values, reading.mask))
 
     def finish(
         self,
@@ -218,7 +220,7 @@ class Decoder(Expert):
         part = self._layer(layer)
         x = x + part.attention_norm.gated(part.o(attended), condition)
         if context is not None and part.cross is not None and part.cross.o is not None:
-            x = x + context.silenced(part.cross.o(self.hear(layer, x, context, condition)))
+            x = x + self._reading(layer, context).silenced(part.cross.o(self.hear(layer, x, context, condition)))
         up = part.gate_up(part.ffn_norm.modulated(x, condition))
         left, right = up.chunk(2, dim=-1) if self.config.gated else (up, None)
         inner = self._activate(left) if right is None else self._activate(left) * right
@@ -232,6 +234,11 @@ class Decoder(Expert):
 
     def _layer(self, index: int) -> DecoderLayer:
         return cast(DecoderLayer, self.layers[index])
+
+    def _reading(self, index: int, context: Context) -> Reading:
+        cross = self.config.cross
+        assert cross is not None, f"layer {index} reads no hidden states"
+        return context.turns[(index - cross.first) // cross.every % len(context.turns)]
 
     def _cross(self, index: int) -> CrossAttention:
         part = self._layer(index).cross

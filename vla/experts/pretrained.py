@@ -44,6 +44,7 @@ class PretrainedVLM(Expert):
         heads, groups = text_config.num_attention_heads, text_config.num_key_value_heads
         theta = self.rope_theta or text_config.rope_parameters["rope_theta"]
         self.space = Space(heads=heads, kv_heads=groups, head_dim=self.head_dim, rope_theta=theta)
+        self.normed = config.final_norm
         if config.frozen:
             self.requires_grad_(False)
             self.eval()
@@ -100,7 +101,7 @@ class PretrainedVLM(Expert):
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T Z"]:
         """Vocabulary scores of final hidden states."""
-        return self.model.lm_head(hidden)
+        return self.model.lm_head(hidden if self.normed else self.family.text(self.model).norm(hidden))
 
     def condition(self, time: Tensor | None) -> None:
         """A pretrained VLM knows no flow time."""
@@ -135,7 +136,7 @@ class PretrainedVLM(Expert):
         return x + part.mlp(part.post_attention_layernorm(x))
 
     def final(self, x: Float[Tensor, "B T D"], condition: Tensor | None) -> Float[Tensor, "B T D"]:
-        return self.family.text(self.model).norm(x)
+        return self.family.text(self.model).norm(x) if self.normed else x
 
 
 class PromptEncoder:

@@ -1,6 +1,5 @@
 """What a policy folder of lerobot says about itself (version 0.6.1): its configuration and its saved processors, in our words."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +7,17 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, PositiveInt
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import parse
-from ..data import Camera, Vector
-from ..data.transforms import Affine, Kind
-from ..errors import UserError
-from .inputs import Resize, Words
+from ...config import parse
+from ...data import Camera, Contract, Vector
+from ...data.transforms import Affine, Kind
+from ...errors import UserError
+from ...vla.weights.released import LAYOUTS
+from ..inputs import Resize, Settings, Words
+from .base import Release, Sizes, by_layout, load_tokenizer, read_json, read_origin, read_tensors, read_weights
+
+WRITTEN = "give a folder that lerobot's save_pretrained wrote"
 
 ALONE: Mapping[str, Any] = {
     "n_obs_steps": 1,
@@ -78,28 +79,62 @@ class Step:
     state: dict[str, Tensor]
 
 
+def read(source: Path, tokenizer: Path | None = None) -> Release:
+    """The policy in ``source``: ``config.json``, weights, ``policy_preprocessor.json`` and ``policy_postprocessor.json``.
+
+    Args:
+        tokenizer: a folder with the tokenizer, where the one that the preprocessor names is not in the local hub cache.
+
+    Raises:
+        UserError: a file is missing or damaged; the policy does what a spec has no words for.
+    """
+    config = read_config(source)
+    before, after = read_steps(source, "policy_preprocessor"), read_steps(source, "policy_postprocessor")
+    state, felt = read_vector(source, config, before["normalizer_processor"], "observation.state")
+    action, done = read_vector(source, config, after["unnormalizer_processor"], "action")
+    contract = Contract(
+        cameras=read_cameras(source, config, before),
+        state=state,
+        action=action,
+        chunk=config.chunk_size,
+        executed=config.n_action_steps,
+        prompt=next((PROMPTS[step][0] for step in before if step in PROMPTS), "{instruction}"),
+    )
+    resize = read_resize(source, config)
+    text = before["tokenizer_processor"].config
+    words = load_tokenizer(text.get("tokenizer_name") or config.vlm_model_name, source / "policy_preprocessor.json", tokenizer)
+    file, tensors = read_weights(source)
+    sizes = Sizes(
+        image=(resize.height, resize.width),
+        words=text.get("max_length", 512),
+        chunk=config.chunk_size,
+        steps=config.num_steps if config.type == "smolvla" else config.num_inference_steps,
+        state=config.max_state_dim,
+        cameras=contract.camera_names,
+    )
+    return Release(
+        **by_layout(LAYOUTS[config.type], tensors, file, sizes, "give a folder that lerobot 0.6.1 wrote"),
+        contract=contract,
+        state=felt,
+        action=done,
+        settings=Settings(resize=resize, words=read_words(source, before)),
+        tokenizer=words,
+        origin=read_origin(source, format="lerobot", type=config.type, repository=config.repo_id),
+    )
+
+
 def read_config(source: Path) -> Released:
     """``config.json`` of the folder ``source``.
 
     Raises:
         UserError: it cannot be read, is of another type, or sets what a spec has no words for.
     """
-    tree = _json(source / "config.json")
+    tree = read_json(source / "config.json", WRITTEN)
     config = parse(Released, tree, source / "config.json")
     for key, value in ALONE.items():
         if tree.get(key, value) != value:
             raise UserError(f"{source / 'config.json'} sets {key} to {tree[key]!r}; only policies with {value!r} can be converted")
     return config
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); give a folder that lerobot's save_pretrained wrote") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{file} must hold a JSON object, not {type(tree).__name__}; give a folder that lerobot's save_pretrained wrote")
-    return tree
 
 
 def read_steps(source: Path, name: str) -> dict[str, Step]:
@@ -112,7 +147,7 @@ def read_steps(source: Path, name: str) -> dict[str, Step]:
         way_out = "bring it up to date with lerobot's migrate_policy_normalization.py and convert what that writes"
         raise UserError(f"{source} has no {name}.json, so it is of a lerobot before 0.4; {way_out}")
     found: dict[str, Step] = {}
-    for entry in _json(source / f"{name}.json").get("steps", []):
+    for entry in read_json(source / f"{name}.json", WRITTEN).get("steps", []):
         registered, config = str(entry.get("registry_name") or entry.get("class")), dict(entry.get("config") or {})
         still = registered in STILL and not config.get("enabled")
         if not still and registered not in KNOWN | PROMPTS.keys() | set(NEEDED[name]):
@@ -185,11 +220,3 @@ def read_vector(source: Path, config: Released, step: Step, key: str) -> tuple[V
         scale, bias = torch.where(width == 0, torch.tensor(eps), width) / 2, -1.0
     affine = Affine(shift=tuple(low.tolist()), scale=tuple(scale.tolist()), bias=bias)
     return Vector(names=tuple(names), normalisation=KINDS.get(mode)), affine
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; they stay on the disk until they are used."""
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read ({error}); copy or download it again") from None
