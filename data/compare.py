@@ -96,7 +96,7 @@ def compare_statistics(checkpoint: Statistics | Affine, data: Sketch, names: tup
 def _doubt(shift: float, width: float, outside: float, still: bool) -> str:
     """What does not fit. A dimension that stands still inside the range fits: its width says nothing."""
     for ratio, units in UNITS.items():
-        if abs(width / ratio - 1) < 0.15:
+        if abs(width / ratio - 1) < 0.1:
             return f"is {width:.3g} times as wide: {units}?"
     if abs(shift) > SHIFT:
         return f"is shifted by {shift:+.2g} ranges"

@@ -26,8 +26,9 @@ SPANS = 3
 """Spans that memory is divided among: consumed, decoded next, and met on the way."""
 GAP, RUN = 16, 64
 """Frames closer than ``GAP`` are decoded by one job, at most ``RUN`` of them."""
-GROWTH = 4
-"""How many times more steps each span has than the one before, from one step on: the first batch need not wait for the last."""
+GROWTH, LONGEST = 4, 256
+"""How many times more steps each span has than the one before, from one step on, so that the first batch need not wait for the last;
+and the most steps that are planned at once, even where all frames fit."""
 DATASET = 40
 """A frame's key is ``dataset << 40 | frame``."""
 
@@ -224,7 +225,7 @@ class Loader:
             self._forget()
             spans = [self._plan(step, 1)]
         while len(spans) < SPANS:
-            spans.append(self._plan(spans[-1].stop, GROWTH * len(spans[-1].drawn)))
+            spans.append(self._plan(spans[-1].stop, min(LONGEST, GROWTH * len(spans[-1].drawn))))
         self._spans = spans
         for span, after in pairwise(spans):
             if not span.placed:

@@ -31,6 +31,13 @@ def test_pure_function_of_seed_and_step(dataset: Dataset) -> None:
     assert not np.array_equal(ChunkSampler(dataset, 4, 8, seed=4).indices(0), one.indices(0))
 
 
+def test_the_order_is_numpys_permutation(dataset: Dataset) -> None:
+    """Of (seed, epoch): runs of before can be repeated."""
+    sampler = ChunkSampler(dataset, 4, len(dataset), seed=3)
+    for epoch in (0, 1, 7):
+        np.testing.assert_array_equal(sampler.indices(epoch), np.random.default_rng((3, epoch)).permutation(len(dataset)))
+
+
 def test_each_epoch_draws_every_frame_once(dataset: Dataset) -> None:
     sampler = ChunkSampler(dataset, 4, 7, seed=0)
     count = len(sampler)

@@ -174,8 +174,8 @@ def test_checkpoint_or_data() -> None:
     held = old.copy()
     held[:, 1] = 0.1  # a dimension that stands still inside of the range says nothing
     assert compare(known, held).use == "checkpoint"
-    narrow = old * [1, 0.02, 1]
-    assert "1 uses 2% of the range" in compare(known, narrow).reason
+    narrow = old * [1, 0.03, 1]
+    assert "1 uses 3% of the range" in compare(known, narrow).reason
     with pytest.raises(UserError, match="statistics of 3 dimensions and the data of 2"):
         compare(known, old[:, :2])
 
