@@ -139,7 +139,7 @@ class Captured:
     A captured call is answered from the very tensors that it was made with, into which each call copies its own. The weights must stay
     where they are. What reads numbers back to the host runs before the graph (``Model.look``).
     The CUDA graph has not been run yet: where this was made there was none. ``tests/gpu/test_graph.py`` says what must hold;
-    ``tests/vla/test_captured.py`` holds it for a recording of the same call on a CPU.
+    ``tests/vla/test_answers.py`` holds it for a recording of the same call on a CPU.
 
     Args:
         inputs: an example, on the device of the model.
