@@ -202,7 +202,9 @@ def _measure(dataset: Dataset) -> tuple[dict[str, Any], list[Finding]]:
         sentence = (
             "actions go with the movement that ended at their row better than with the one that begins there: rows look one step late"
         )
-        found.append(Finding("late", sentence, "LIBERO's recorder stores what was seen after the action; shift observations by one row"))
+        found.append(
+            Finding("late", sentence, "LIBERO's recorder stores what was seen after the action; look how yours pairs them before training")
+        )
     follows = [{"name": names[i], "state": state_names[link.state], **asdict(link), "error": _finite(link.error)} for i, link in arm]
     clipping = {names[i]: float(shares[i]) for i in range(len(names))}
     return measured | {"clipped": clipping, "gripper": gripper, "mode": mode, "follows": follows}, found

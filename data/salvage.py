@@ -2,8 +2,7 @@
 
 A parquet file ends with a footer that says where each column of each row group lies; a recorder that was killed never wrote it, a
 truncated file has lost it. The pages themselves carry their lengths, so that they can be walked from the beginning: whole row groups are
-found, a new footer is written behind them, and pyarrow reads the result. Layout: Apache Parquet ``parquet.thrift`` (page header, footer)
-and the Thrift compact protocol.
+found, a new footer is written behind them, and pyarrow reads the result. Layout: Apache Parquet ``parquet.thrift`` (page header, footer).
 """
 
 import io
@@ -16,20 +15,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .thrift import BINARY, I16, I32, I64, LIST, STRUCT, Damaged, Fields, read_struct, write_struct
+
 MAGIC = b"PAR1"
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
 PHYSICAL = ("BOOLEAN", "INT32", "INT64", "INT96", "FLOAT", "DOUBLE", "BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
 CODECS = {"UNCOMPRESSED": 0, "SNAPPY": 1}
-# Types of the compact protocol.
-TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, STRUCT = 1, 2, 3, 4, 5, 6, 7, 8, 9, 12
-Fields = dict[int, tuple[int, Any]]
-"""A struct: field number -> (type, value); a list's value is (type of its entries, entries)."""
 HEADER_BYTES = 1 << 16
-DEEPEST = 16
-
-
-class Damaged(Exception):
-    """The bytes are not what the format says; the walk ends here."""
+"""A page header is shorter than this."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +75,12 @@ def rebuild(content: bytes, schema: pa.Schema, entries: Sequence[int | None]) ->
     if not groups:
         return None
     (length,) = struct.unpack("<I", template[-8:-4])
-    footer, _ = _read_struct(template[-8 - length : -8], 0)
+    footer, _ = read_struct(template[-8 - length : -8], 0)
     rows = [_rows(group, entries) for group in groups]
     footer[3] = (I64, sum(rows))
     footer[4] = (LIST, (STRUCT, [_group_fields(g, columns, count, i) for i, (g, count) in enumerate(zip(groups, rows, strict=True))]))
     end = groups[-1][-1][-1]
-    tail = _write_struct(footer)
+    tail = write_struct(footer)
     return content[: end.start + end.size] + tail + struct.pack("<I", len(tail)) + MAGIC
 
 
@@ -107,7 +100,7 @@ def _walk(content: bytes) -> list[_Page]:
     place = len(MAGIC)
     while place < len(content):
         try:
-            header, used = _read_struct(content[place : place + HEADER_BYTES], 0)
+            header, used = read_struct(content[place : place + HEADER_BYTES], 0)
             kind, plain, stored = (header[i][1] for i in (1, 2, 3))
             inner = header[{DATA_PAGE: 5, DICTIONARY_PAGE: 7, DATA_PAGE_V2: 8}[kind]][1]
             values, encoding = inner[1][1], inner[4 if kind == DATA_PAGE_V2 else 2][1]
@@ -190,117 +183,3 @@ def _chunk_fields(pages: list[_Page], column: Any) -> Fields:
     if pages[0].kind == DICTIONARY_PAGE:
         meta[11] = (I64, pages[0].start)
     return {2: (I64, 0), 3: (STRUCT, meta)}
-
-
-# The Thrift compact protocol ------------------------------------------------------------------------------------------
-
-
-def _read_struct(content: bytes, place: int, depth: int = 0) -> tuple[Fields, int]:
-    """A struct that begins at ``place``, and where it ends."""
-    fields: Fields = {}
-    number = 0
-    while True:
-        if place >= len(content) or depth > DEEPEST:
-            raise Damaged
-        head = content[place]
-        place += 1
-        if head == 0:
-            return fields, place
-        kind, step = head & 15, head >> 4
-        if step:
-            number += step
-        else:
-            number, place = _read_integer(content, place)
-        fields[number], place = _read_value(content, place, kind, depth)
-
-
-def _read_value(content: bytes, place: int, kind: int, depth: int) -> tuple[tuple[int, Any], int]:
-    value: Any
-    if kind in (TRUE, FALSE):
-        return (kind, kind == TRUE), place
-    if kind == BYTE:
-        value, place = content[place : place + 1], place + 1
-    elif kind in (I16, I32, I64):
-        value, place = _read_integer(content, place)
-    elif kind == DOUBLE:
-        value, place = content[place : place + 8], place + 8
-    elif kind == BINARY:
-        length, place = _read_varint(content, place)
-        value, place = content[place : place + length], place + length
-    elif kind == LIST:
-        if place >= len(content):
-            raise Damaged
-        length, inner = content[place] >> 4, content[place] & 15
-        place += 1
-        if length == 15:
-            length, place = _read_varint(content, place)
-        if length > len(content):
-            raise Damaged
-        entries = []
-        for _ in range(length):
-            if inner in (TRUE, FALSE):
-                entries.append(content[place : place + 1])
-                place += 1
-            else:
-                (_, entry), place = _read_value(content, place, inner, depth + 1)
-                entries.append(entry)
-        value = (inner, entries)
-    elif kind == STRUCT:
-        value, place = _read_struct(content, place, depth + 1)
-    else:
-        raise Damaged
-    if place > len(content):
-        raise Damaged
-    return (kind, value), place
-
-
-def _read_varint(content: bytes, place: int) -> tuple[int, int]:
-    value = shift = 0
-    while place < len(content) and shift < 70:
-        byte = content[place]
-        place += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, place
-        shift += 7
-    raise Damaged
-
-
-def _read_integer(content: bytes, place: int) -> tuple[int, int]:
-    value, place = _read_varint(content, place)
-    return (value >> 1) ^ -(value & 1), place
-
-
-def _write_struct(fields: Fields) -> bytes:
-    out = bytearray()
-    last = 0
-    for number, (kind, value) in sorted(fields.items()):
-        step = number - last
-        out += bytes([(step << 4) | kind]) if 0 < step < 16 else bytes([kind]) + _varint(_zigzag(number))
-        out += b"" if kind in (TRUE, FALSE) else _write_value(kind, value)
-        last = number
-    return bytes(out) + b"\x00"
-
-
-def _write_value(kind: int, value: Any) -> bytes:
-    if kind in (I16, I32, I64):
-        return _varint(_zigzag(value))
-    if kind == BINARY:
-        return _varint(len(value)) + bytes(value)
-    if kind == LIST:
-        inner, entries = value
-        head = bytes([(len(entries) << 4) | inner]) if len(entries) < 15 else bytes([0xF0 | inner]) + _varint(len(entries))
-        return head + b"".join(entry if inner in (TRUE, FALSE) else _write_value(inner, entry) for entry in entries)
-    return _write_struct(value) if kind == STRUCT else bytes(value)
-
-
-def _zigzag(value: int) -> int:
-    return value << 1 if value >= 0 else ((-value) << 1) - 1
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])

@@ -153,9 +153,9 @@ def read_parquet(file: Path, columns: list[str] | None = None) -> pa.Table:
         UserError: the file is missing, lacks a column, or has no footer because its writer was killed.
     """
     try:
-        absent = [name for name in columns or () if name not in pq.read_schema(file).names]
+        absent = set(columns or ()) - set(pq.read_schema(file).names)
         if absent:
-            raise UserError(f"{file} does not hold '{absent[0]}', which meta/info.json names; {MEND}")
+            raise UserError(f"{file} does not hold '{min(absent)}', which meta/info.json names; {MEND}")
         return pq.read_table(file, columns=columns, partitioning=None)
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {MEND}") from None

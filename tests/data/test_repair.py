@@ -16,6 +16,7 @@ import pytest
 from triune.data import Episode, open_dataset
 from triune.data.repair import repair
 from triune.data.salvage import read_row_groups, rebuild
+from triune.data.thrift import read_struct, write_struct
 from triune.data.writer_v21 import encode_video
 from triune.errors import UserError
 
@@ -227,6 +228,9 @@ def test_footers_are_rebuilt(dictionary: bool) -> None:
             groups.append(pa.table(columns, schema=schema))
             writer.write_table(groups[-1])
         unfinished = buffer.getvalue()
+    whole = buffer.getvalue()
+    footer = whole[-8 - int.from_bytes(whole[-8:-4], "little") : -8]
+    assert write_struct(read_struct(footer, 0)[0]) == footer
     rebuilt = rebuild(unfinished, schema, entries)
     assert rebuilt is not None
     assert pq.read_table(io.BytesIO(rebuilt)).equals(pa.concat_tables(groups))

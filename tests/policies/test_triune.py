@@ -156,7 +156,7 @@ def test_packed_training_has_the_same_losses(cache: float, recipe_tree: dict, tm
         assert (task.prefix is not None) == (cache == 8.0)
         torch.manual_seed(0)
         task.module.eval()
-        losses.append(task.losses(task.batch(0)))
+        losses.append(task.losses(task.batch(Part(0))))
     torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=0)
 
 
