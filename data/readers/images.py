@@ -236,6 +236,8 @@ class Pyav:
             self._stream = self._container.streams.video[0]
         except (av.FFmpegError, IndexError) as error:
             raise UserError(f"{path} is not a video that can be read ({error}): {CUT_OFF}") from None
+        if self._stream.codec_context is None:
+            raise UserError(f"{path} holds a video of a kind that cannot be decoded: {CUT_OFF}")
         self._stream.codec_context.thread_count = 1
         self.size = (self._stream.codec_context.height, self._stream.codec_context.width)
         self._reformatter = VideoReformatter()  # keeps the conversion that ``VideoFrame.to_ndarray`` sets up for each frame

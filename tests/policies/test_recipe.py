@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from triune.config import Strict
 from triune.errors import UserError
 from triune.policies.train import recipe as recipes
-from triune.policies.train.loop import TrainConfig, step_seed
+from triune.policies.train.loop import Part, TrainConfig, step_seed
 from triune.policies.train.recipe import run
 
 
@@ -34,12 +34,15 @@ class Line:
         self.recipe = recipe
         self.module = nn.Linear(recipe.width, 1)
 
-    def batch(self, index: int) -> Tensor:
-        generator = torch.Generator().manual_seed(step_seed(self.recipe.train.seed, index))
+    def batch(self, part: Part) -> Tensor:
+        generator = torch.Generator().manual_seed(step_seed(self.recipe.train.seed, part.index))
         return torch.randn(self.recipe.train.batch_size, self.recipe.width, generator=generator)
 
     def losses(self, batch: Tensor) -> dict[str, Tensor]:
         return {"loss": (self.module(batch) - batch.sum(1, keepdim=True)).square().mean()}
+
+    def validate(self) -> dict[str, float]:
+        return {}
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         save_file(weights, folder / "model.safetensors")

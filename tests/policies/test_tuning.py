@@ -122,7 +122,6 @@ def test_other_cameras_and_a_wider_network(tuned: dict, recipe_tree: dict, tmp_p
 def test_relative_actions_leave_the_policy_absolute(recipe_tree: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from triune.data import Camera, Contract, Episode, Vector
     from triune.data.writer import DatasetWriter
-    from triune.policies import triune
     from triune.vla.inputs import Outputs
 
     rng = np.random.default_rng(0)
@@ -143,7 +142,8 @@ def test_relative_actions_leave_the_policy_absolute(recipe_tree: dict, tmp_path:
     np.testing.assert_allclose(learned[..., 2], drawn["action"][..., 2], atol=1e-5)
 
     policy = load_policy(train(tree, tmp_path))
-    monkeypatch.setattr(triune, "infer", lambda *given: Outputs(torch.zeros(4, 6, 3)))
+    monkeypatch.setattr(policy, "answers", lambda *given: Outputs(torch.zeros(4, 6, 3)))
+    monkeypatch.setattr(policy, "_length", lambda observation: 0)
     policy.reset("s", 0)
     seen = Observation({c.name: np.zeros((32, 32, 3), np.uint8) for c in cameras}, np.arange(5, dtype=np.float32), "lift the cube")
     still = policy.action.unnormalise(np.zeros((6, 3), np.float32)) + np.array([1, 0, 0])
