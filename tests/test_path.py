@@ -1,6 +1,6 @@
 """The whole path of a user who comes from lerobot: their policy, their dataset, no Python of their own.
 
-What a user types is in ``STEPS``; README.md tells the same for released weights and full size.
+README.md tells the same for released weights and full size.
 """
 
 import json
@@ -13,18 +13,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from triune.cli.main import main
 from triune.data import Observation, open_dataset
+from triune.envs import build_world
 from triune.policies import Request, load_policy, read_checkpoint, verify
 from triune.policies.train.logs import read_log
 from triune.vla.weights.released import HEAD_DIM, VISION_HEADS
 
 from .lerobot_peers import SMOL_SIDE, smol_fill, smol_folder
 from .policies.tokens import byte_tokenizer
-from .strangers import ACTION, CAMERAS, STATE, TASK, record_as_stranger
+from .strangers import ACTION, CAMERAS, STATE, TASK, WORLD, record_as_stranger
 
+RECIPE = """
+kind: policy
+init: base
+data: data
+robot: robot.yaml
+cameras: [agentview, sideview, wrist]
+experts: {und: {lora: {rank: 4}}, act: {lora: {rank: 8}}}
+hold_out: 0.25
+validation_batches: 1
+train: {steps: 150, batch_size: 8, lr: 1.0e-2, warmup: 5, precision: fp32, device: cpu, log_every: 25, save_every: 150}
+"""
+SUITE = """
+title: The world that the data came from
+tasks: {robosuite/lift: {}}
+"""
 SMALL = ((HEAD_DIM, ("smolvlm", 32), 8), (VISION_HEADS, ("smolvlm", 32), 4))
 """Head counts of the small network, which no published one has."""
 
@@ -82,7 +97,33 @@ def test_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     same_actions(policy, before, after, tmp_path / "data")
 
     vla("data", "inspect", "data", "--write", "robot.yaml")
-    print(Path("robot.yaml").read_text())
+    rename(Path("robot.yaml"))
+    Path("mine.yaml").write_text(RECIPE)
+    Path("suite.yaml").write_text(SUITE)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "triune"]
+    command, environment = [sys.executable, *launch, "train", "mine.yaml"], {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = read_log(Path("runs/mine/log.jsonl"))
+    assert rows[-1]["loss"] < 0.85 * rows[0]["loss"]
+
+    results = json.loads(vla("eval", "suite.yaml", "--policy", "runs/mine", "--episodes", "1", "--out", "eval", "--json"))
+    assert results["tasks"][0]["errors"] == 0 and results["tasks"][0]["view"]["rate"] == 10
+
+    vla("model", "merge", "runs/mine", "whole")
+    vla("verify", "whole")
+    tuned, whole = read_checkpoint("runs/mine"), read_checkpoint("whole")
+    assert tuned.weights.stat().st_size < 0.5 * whole.weights.stat().st_size
+    assert all(row.passed for row in verify(tuned, load_policy("whole")))
+
+
+def rename(mapping: Path) -> None:
+    """What a user edits in the proposed mapping: the names under which a world knows their numbers and cameras."""
+    known = build_world(WORLD).contract
+    text = mapping.read_text().replace("side_cam:", "sideview:")
+    for theirs, ours in zip((*STATE, *ACTION), (*known.state.names, *known.action.names), strict=True):
+        text = text.replace(f"name: {theirs},", f"name: {ours},")
+    mapping.write_text(text)
 
 
 def same_actions(policy: Any, before: Any, after: Any, data: Path) -> None:

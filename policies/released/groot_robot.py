@@ -73,6 +73,15 @@ def check_robot(tag: str, robot: Mapping[str, Part], processor: Processor, horiz
         raise UserError(f"{tag} has {len(robot['action'].delta_indices)} steps a chunk, the network {horizon}; correct the one")
 
 
+def _ends(known: Mapping[str, Any], part: str, key: str, ends: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of a group's range, (D,) or for every step (C, D)."""
+    rows = known.get(part, {}).get(key, {})
+    if not set(ends) <= set(rows):
+        way_out = "copy it again, or choose another robot"
+        raise UserError(f"statistics.json has no {' and '.join(ends)} of {part} '{key}'; {way_out}")
+    return np.array(rows[ends[0]]), np.array(rows[ends[1]])
+
+
 def _names(key: str, size: int) -> list[str]:
     return [key] if size == 1 else [f"{key}_{i}" for i in range(size)]
 
@@ -84,7 +93,7 @@ def read_state(part: Part, known: Mapping[str, Any], processor: Processor) -> tu
     places: dict[str, int] = {}
     rows: list[np.ndarray] = []
     for key in part.modality_keys:
-        low, high = (np.array(known["state"][key][end]) for end in ends)
+        low, high = _ends(known, "state", key, ends)
         places[key] = len(names)
         names += _names(key, len(low))
         rows.append(np.stack([low, np.where(np.isclose(high, low), 0.0, high - low) / 2]))
@@ -105,8 +114,7 @@ def read_action(
     lows, highs = [], []
     for key, group in zip(part.modality_keys, part.action_configs or [PLAIN] * len(part.modality_keys), strict=True):
         relative = processor.use_relative_action and group.rep == "RELATIVE"
-        row = known["relative_action"][key] if relative else known["action"][key]
-        low, high = (np.array(row[end]) for end in (("min", "max") if relative else ends))
+        low, high = _ends(known, "relative_action", key, ("min", "max")) if relative else _ends(known, "action", key, ends)
         size, first = low.shape[-1], places.get(group.state_key or key)
         if relative and first is None:
             raise UserError(f"the actions '{key}' are relative to a state that the robot does not have; choose another robot")

@@ -223,6 +223,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "N1.6": (config(model_type="Gr00tN1d6"), "of GR00T only N1.7 can be converted, not N1.5 and N1.6, since their VLM"),
     "no processor": (lambda f: (f / "processor_config.json").unlink(), "processor_config.json cannot be read"),
     "no statistics": (edit("statistics", lambda t: t.clear()), "choose one by --embodiment TAG: none has statistics"),
+    "no relative statistics": (
+        edit("statistics", lambda t: t["new_embodiment"].pop("relative_action")),
+        "statistics.json has no min and max of relative_action 'arm'",
+    ),
     "history": (config(state_history_length=2), "sets state_history_length to 2; only 1"),
     "torchvision": (processor(use_albumentations=False), "sets use_albumentations to False"),
     "sines": (
