@@ -10,7 +10,7 @@ from torch import nn
 from ..config import Strict
 from ..errors import UserError
 from ..vla import Model
-from ..vla.experts import Expert
+from ..vla.experts import Expert, PretrainedVLM
 
 ADAPTER = "default"
 
@@ -108,3 +108,13 @@ def merge(model: Model) -> None:
                 setattr(parent, name, layer.get_base_layer())
     for expert in model.mot.experts.values():
         vars(expert).pop("peft_config", None)
+
+
+def narrow_frozen(model: Model) -> None:
+    """Put weights that do not learn into bf16, but for those of VLMs that are not known to be right in it."""
+    for expert in model.mot.experts.values():
+        if isinstance(expert, PretrainedVLM) and not expert.family.narrows:
+            continue
+        for parameter in expert.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)

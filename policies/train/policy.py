@@ -30,7 +30,7 @@ from ...vla.weights import Reference, make_reference
 from ..checkpoint import Checkpoint, read_checkpoint, write_checkpoint, write_golden
 from ..inputs import Settings
 from ..triune import anchored, from_checkpoint, graph_info, load_model, normaliser, prompt, prompt_encoder, read_statistics, spec_of
-from ..tuning import Tuning, tune
+from ..tuning import Tuning, narrow_frozen, tune
 from .demonstrations import Data, Demonstrations, make_sampler, measure, open_demonstrations, relative_to
 from .frames import Cache, InMemory, Kept, Streamed, Views, open_frames, parts_of
 from .loop import step_seed, to_device
@@ -61,6 +61,8 @@ class Recipe(Strict):
         stride: frames between the starts of training chunks; 2 halves what has to be encoded.
         state_noise: standard deviation added to the normalised state, so that the policy looks rather than counts.
         experts: how each expert learns, where not as the spec says.
+        frozen: type in which weights that do not learn lie in memory. ``auto`` is bf16 on a GPU whose products are; a VLM that is not known
+            to be right in it stays in fp32.
         checkpointing: layers are computed again in the backward pass rather than kept: a third more time, much less memory.
         hold_out: share of each task's episodes that are never trained on; every ``train.validate_every`` steps the loss and the error
             of whole predicted chunks are measured on ``validation_batches`` batches of them.
@@ -89,6 +91,7 @@ class Recipe(Strict):
     augment: Augment | None = Augment()
     cache: Cache = Cache()
     experts: dict[str, Tuning] = {}
+    frozen: Literal["fp32", "bf16", "auto"] = "auto"
     checkpointing: bool = False
     hold_out: float = Field(0.0, ge=0, lt=1)
     validation_batches: PositiveInt = 8
@@ -129,6 +132,8 @@ class PolicyTask:
         if self.base is None:
             self._refuse_unlearned()
         self.module.mot.checkpointing = recipe.checkpointing
+        if recipe.frozen == "bf16" or (recipe.frozen == "auto" and self.device.type == "cuda" and self._low):
+            narrow_frozen(self.module)
         self.module.to(self.device)
         self.settings = self._settings()
         self.contract = policy_contract(self.demonstrations.contract, recipe, self.spec, self.base)
@@ -399,9 +404,12 @@ class PolicyTask:
                 prefixes[variant, rows] = torch.stack(pairs, dim=1).to(torch.bfloat16).cpu()
         return kept, prefixes
 
+    @property
+    def _low(self) -> bool:
+        return resolve_precision(self.recipe.train.precision, self.device) == torch.bfloat16
+
     def _autocast(self) -> torch.autocast:
-        precision = resolve_precision(self.recipe.train.precision, self.device)
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._low)
 
     def _golden_observations(self) -> list[Observation]:
         """Five frames spread over the first dataset."""

@@ -168,6 +168,21 @@ def test_parts_of_a_batch_add_up(recipe_tree: dict, tmp_path: Path) -> None:
     torch.testing.assert_close(whole, sliced, rtol=1e-3, atol=1e-5)
 
 
+def test_weights_that_do_not_learn_may_lie_in_bf16(tuned: dict, tmp_path: Path) -> None:
+    tree = {**tuned, "experts": {"act": LORA}, "augment": None, "train": {**tuned["train"], "precision": "bf16"}}
+    found = []
+    for frozen in ("fp32", "bf16"):
+        task = PolicyTask(Recipe.model_validate({**tree, "frozen": frozen}), tmp_path)
+        kinds = {p.dtype for n, p in task.module.named_parameters() if n.startswith("mot.experts.act.") and not p.requires_grad}
+        assert kinds == {torch.float32 if frozen == "fp32" else torch.bfloat16}
+        assert {p.dtype for p in task.module.parameters() if p.requires_grad} == {torch.float32}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = task.losses(task.batch(Part(0)))
+        losses["loss"].backward()
+        found.append(losses["action"].item())
+    assert found[0] == pytest.approx(found[1], rel=2e-2)
+
+
 def test_layers_computed_again_give_the_same_gradient(recipe_tree: dict, tmp_path: Path) -> None:
     tree = {**recipe_tree, "augment": None, "cache": {"limit_gb": 1e-9}}
     found = []
