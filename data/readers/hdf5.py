@@ -30,18 +30,30 @@ PROBE_SECONDS = 60.0
 """A file whose attributes and names take longer to read is damaged."""
 PROBE = """
 import sys, h5py
-for name in sys.argv[1:]:
+
+def attempt(read, *what):
     try:
-        with h5py.File(name, "r", locking="best-effort") as file:
-            for group in (file["data"], *file["data"].values()):
-                for key in ("env_args", "env", "problem_info", "macros_image_convention", "ep_meta"):
-                    group.attrs.get(key)
-                for entry in group.get("obs", {}).values():
-                    entry.shape, entry.dtype
-            for key in file.get("mask", {}):
-                file["mask"][key][()]
+        return read(*what)
     except Exception:
-        pass
+        return None
+
+def attributes(group):
+    for key in ("env_args", "env", "problem_info", "macros_image_convention", "ep_meta"):
+        attempt(group.attrs.get, key)
+
+for name in sys.argv[1:]:
+    file = attempt(lambda: h5py.File(name, "r", locking="best-effort"))
+    data = attempt(file.get, "data") if file else None
+    if data is not None:
+        attempt(attributes, data)
+        for demo in attempt(list, data) or ():
+            group = attempt(data.get, demo)
+            attempt(attributes, group)
+            observations = attempt(lambda: group["obs"])
+            for key in attempt(list, observations) or ():
+                attempt(lambda: (observations[key].shape, observations[key].dtype))
+        for key in attempt(lambda: list(file["mask"])) or ():
+            attempt(lambda: file["mask"][key][()])
 """
 """Reads in a process of its own what libhdf5 may never return from, or die in, when it is damaged: one changed byte in the heap of an
 attribute's text is enough. Other errors come again where the file is read, and are told there."""
