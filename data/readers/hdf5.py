@@ -9,6 +9,8 @@ import importlib.util
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,37 @@ from .images import ImageSource
 
 SUFFIXES = (".hdf5", ".h5")
 MEND = "copy the file again, or leave it out"
+PROBE_SECONDS = 60.0
+"""A file whose attributes and names take longer to read is damaged."""
+PROBE = """
+import sys, h5py
+
+def attempt(read, *what):
+    try:
+        return read(*what)
+    except Exception:
+        return None
+
+def attributes(group):
+    for key in ("env_args", "env", "problem_info", "macros_image_convention", "ep_meta"):
+        attempt(group.attrs.get, key)
+
+for name in sys.argv[1:]:
+    file = attempt(lambda: h5py.File(name, "r", locking="best-effort"))
+    data = attempt(file.get, "data") if file else None
+    if data is not None:
+        attempt(attributes, data)
+        for demo in attempt(list, data) or ():
+            group = attempt(data.get, demo)
+            attempt(attributes, group)
+            observations = attempt(lambda: group["obs"])
+            for key in attempt(list, observations) or ():
+                attempt(lambda: (observations[key].shape, observations[key].dtype))
+        for key in attempt(lambda: list(file["mask"])) or ():
+            attempt(lambda: file["mask"][key][()])
+"""
+"""Reads in a process of its own what libhdf5 may never return from, or die in, when it is damaged: one changed byte in the heap of an
+attribute's text is enough. Other errors come again where the file is read, and are told there."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +83,7 @@ def open_hdf5(root: Path) -> Dataset:
     if not root.exists():
         raise UserError(f"there is no HDF5 file {root}; check the path")
     files = sorted(file for file in root.iterdir() if file.suffix in SUFFIXES) if root.is_dir() else [root]
+    _probe(root, files)
     demos: list[_Demo] = []
     headers = []
     for file in files:
@@ -132,6 +166,20 @@ class _Header:
     task: str
 
 
+def _probe(root: Path, files: list[Path]) -> None:
+    """
+    Raises:
+        UserError: reading the files' attributes and names does not end, or ends the process.
+    """
+    command = [sys.executable, "-c", PROBE, *map(str, files)]
+    try:
+        code = subprocess.run(command, capture_output=True, timeout=PROBE_SECONDS + len(files)).returncode
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{root} is damaged: reading its attributes does not end; {MEND}") from None
+    if code < 0:
+        raise UserError(f"{root} is damaged: libhdf5 dies in reading it (signal {-code}); {MEND}")
+
+
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     """
@@ -186,11 +234,12 @@ def _read_demos(handle: Any, file: Path, header: _Header) -> list[_Demo]:
 
 
 def _vector(entry: Any) -> np.ndarray:
-    """A dataset of shape (T,) or (T, D) as float32 (T, D)."""
+    """A dataset of shape (T,) or (T, D) as float32 (T, D); beyond its range numbers become infinite, which ``inspect`` reports."""
     values = np.asarray(entry)
     if values.dtype.kind not in "fiu" or values.ndim not in (1, 2):
         raise ValueError(f"{entry.name} has the type {values.dtype} and the shape {values.shape}")
-    return values.astype(np.float32).reshape(len(values), -1)
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32).reshape(len(values), -1)
 
 
 def _json(attributes: Any, key: str) -> dict[str, Any]:

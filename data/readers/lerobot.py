@@ -80,7 +80,8 @@ def _read_columns(files: list[Path], widths: dict[str, int], episodes: list[Epis
         table = read_parquet(file, list(widths))
         keep = _flat(table, "episode_index", 1, file)[:, 0] < len(episodes)
         for name, width in widths.items():
-            parts[name].append(_flat(table, name, width, file)[keep].astype(np.float32))
+            with np.errstate(over="ignore"):  # such numbers become infinite, which ``inspect`` reports
+                parts[name].append(_flat(table, name, width, file)[keep].astype(np.float32))
     columns = {name: np.ascontiguousarray(np.concatenate(arrays)) for name, arrays in parts.items()}
     found, frames = columns["episode_index"][:, 0], episodes[-1].frames.stop
     if len(found) != frames:
