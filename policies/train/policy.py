@@ -110,7 +110,10 @@ class Recipe(Strict):
             raise ValueError(
                 "statistics: checkpoint normalise as that policy did; leave out relative, normalise_state and normalise_action"
             )
-        return self
+        scales = {f"mot.experts.{name}.": tuning.lr for name, tuning in self.experts.items() if tuning.lr != 1}
+        if scales.items() <= self.train.lr_scale.items():
+            return self
+        return self.model_copy(update={"train": self.train.model_copy(update={"lr_scale": {**self.train.lr_scale, **scales}})})
 
 
 class PolicyTask:

@@ -57,7 +57,9 @@ def test_adapters_begin_as_nothing_learn_and_merge(dora: bool, tuned: dict, chec
 
 def test_what_did_not_learn_is_not_stored_twice(tuned: dict, checkpoint: Path, tmp_path: Path) -> None:
     """Only the action expert learns: the rest comes from the checkpoint before, which must be there, and be the same."""
-    folder = train({**tuned, "experts": {"act": {"lr": 0.5}, "gen": {"frozen": True}}}, tmp_path)
+    tree = {**tuned, "experts": {"act": {"lr": 0.5}, "gen": {"frozen": True}}}
+    assert Recipe.model_validate(tree).train.lr_scale == {"mot.experts.act.": 0.5}
+    folder = train(tree, tmp_path)
     held = load_file(folder / "model.safetensors")
     assert held and not any(name.startswith("mot.experts.gen.") for name in held)
     info = read_checkpoint(folder).info
