@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import UserError, __version__
-from . import bench, data, evaluate, model, quickstart, train, verify
+from . import bench, data, doctor, evaluate, model, quickstart, train, verify
 
 app = typer.Typer(name="vla", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("quickstart")(quickstart.quickstart)
@@ -20,6 +20,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
 
 
 def _version(wanted: bool) -> None:

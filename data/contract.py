@@ -1,6 +1,6 @@
 """The conventions that a checkpoint, a dataset, a world and a robot must share, as data that can be compared."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..config import Strict
 from ..errors import UserError
@@ -34,6 +34,19 @@ class Vector(Strict):
         return len(self.names)
 
 
+class Difference(NamedTuple):
+    """What two contracts do not share, as a sentence.
+
+    Attributes:
+        field: ``cameras``, ``dimensions``, or the name of a field of ``Camera``, ``Vector`` or ``Contract``.
+        silent: the words for the side that does not say it, where only one does; then nothing is known to conflict.
+    """
+
+    field: str
+    sentence: str
+    silent: str = ""
+
+
 class Contract(Strict):
     """What ``contract.json`` in a checkpoint says."""
 
@@ -52,24 +65,30 @@ class Contract(Strict):
 
     def conflicts(self, other: "Contract") -> list[str]:
         """Sentences about what does not fit, empty when all known fields agree. Unknown fields never conflict."""
-        found: list[str] = []
+        return [difference.sentence for difference in self.compare(other) if not difference.silent]
+
+    def compare(self, other: "Contract", here: str = "here", there: str = "there") -> list[Difference]:
+        """What does not fit, and what only one of both says; ``here`` and ``there`` are words for this one and the other."""
+        found: list[Difference] = []
         missing = [camera.name for camera in self.cameras if camera.name not in other.camera_names]
         needed = [camera.name for camera in self.cameras if not camera.optional]
         if missing and (set(missing) & set(needed) or len(missing) == len(self.cameras)):
-            found.append(f"camera {', '.join(missing)} is expected but there is only {', '.join(other.camera_names) or 'none'}")
-        theirs = {camera.name: camera for camera in other.cameras}
+            only = ", ".join(other.camera_names) or "none"
+            found.append(Difference("cameras", f"camera {', '.join(missing)} is expected but there is only {only}"))
+        theirs, words = {camera.name: camera for camera in other.cameras}, (here, there)
         for camera in self.cameras:
             if camera.name in theirs:
-                found += _differences(f"camera {camera.name}", camera, theirs[camera.name], ("height", "width", "colour", "flip", "crop"))
+                fields = ("height", "width", "colour", "flip", "crop")
+                found += _differences(f"camera {camera.name}", camera, theirs[camera.name], fields, words)
         for part in ("state", "action"):
             mine, yours = getattr(self, part), getattr(other, part)
             if mine.size != yours.size:
-                sizes = f"{mine.size} dimensions ({', '.join(mine.names)}) here and {yours.size} ({', '.join(yours.names)}) there"
-                found.append(f"{part} has {sizes}")
+                sizes = f"{mine.size} dimensions ({', '.join(mine.names)}) {here} and {yours.size} ({', '.join(yours.names)}) {there}"
+                found.append(Difference("dimensions", f"{part} has {sizes}"))
             else:
                 mine, yours = (_known(part, vector) for vector in (mine, yours))
-                found += _differences(part, mine, yours, ("names", "units", "frame", "rotation", "gripper", "mode"))
-        return found + _differences("contract", self, other, ("rate", "render"))
+                found += _differences(part, mine, yours, ("names", "units", "frame", "rotation", "gripper", "mode"), words)
+        return found + _differences("contract", self, other, ("rate", "render"), words)
 
     def require(self, other: "Contract", mine: str, yours: str) -> None:
         """Refuse a conflict.
@@ -89,6 +108,12 @@ def _known(part: str, vector: Vector) -> Vector:
     return vector.model_copy(update={"names": None}) if counted else vector
 
 
-def _differences(where: str, a: Strict, b: Strict, fields: tuple[str, ...]) -> list[str]:
-    pairs = [(name, getattr(a, name), getattr(b, name)) for name in fields]
-    return [f"{where}: {name} is {x} here and {y} there" for name, x, y in pairs if x is not None and y is not None and x != y]
+def _differences(where: str, a: Strict, b: Strict, fields: tuple[str, ...], words: tuple[str, str]) -> list[Difference]:
+    found = []
+    for name in fields:
+        x, y = getattr(a, name), getattr(b, name)
+        if x != y:
+            sides = (f"{'unknown' if value is None else value} {word}" for value, word in zip((x, y), words, strict=True))
+            silent = words[0] if x is None else words[1] if y is None else ""
+            found.append(Difference(name, f"{where}: {name} is {' and '.join(sides)}", silent))
+    return found

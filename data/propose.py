@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,25 @@ def write_images(dataset: Dataset, folder: Path) -> list[Path]:
     return paths
 
 
+def stand_ins(wanted: Sequence[str], offered: Sequence[str]) -> tuple[str, ...] | None:
+    """For each camera that is ``wanted`` one that is ``offered``, by name, then a wrist for a wrist, then in order: a guess. ``None``:
+    there are too few."""
+    found = {name: name for name in wanted if name in offered}
+    for name in wanted:
+        left = [other for other in offered if other not in found.values()]
+        if name not in found and left:
+            alike = [other for other in left if _at_hand(other) == _at_hand(name)]
+            found[name] = (alike or left)[0]
+    return tuple(found[name] for name in wanted) if len(found) == len(wanted) else None
+
+
+def _at_hand(camera: str) -> bool:
+    return any(word in camera.lower() for word in WRIST)
+
+
 def _role(name: str, taken: set[str], names: tuple[str, ...]) -> str:
     """``wrist`` for a camera on the hand, ``agentview`` for the first other; the name itself where these are taken or used."""
-    base = "wrist" if any(word in name.lower() for word in WRIST) else "agentview"
+    base = "wrist" if _at_hand(name) else "agentview"
     return name if base in taken or (base in names and base != name) else base
 
 

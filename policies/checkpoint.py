@@ -173,7 +173,7 @@ class Checkpoint:
             raise UserError(f"{self.folder}: golden.json names '{name}', which the manifest does not list; {MEND}")
         return self.folder / name
 
-    def reference(self, name: str) -> Path:
+    def reference(self, name: str, download: bool = True) -> Path:
         """The folder of the pretrained weights ``name``, its content checked.
 
         Raises:
@@ -182,7 +182,7 @@ class Checkpoint:
         if name not in self.info.weights:
             known = ", ".join(self.info.weights) or "none"
             raise UserError(f"{self.folder}: policy.json names no weights '{name}' (there are: {known}); {MEND}")
-        return resolve_reference(self.info.weights[name], self.folder)
+        return resolve_reference(self.info.weights[name], self.folder, download)
 
     def lineage(self) -> list["Checkpoint"]:
         """What it was fine-tuned from, the first one first, and itself.

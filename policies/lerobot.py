@@ -136,9 +136,28 @@ def load_lerobot(folder: Path) -> LeRobotPolicy:
     Raises:
         UserError: lerobot is not installed, or knows no such policy.
     """
+    config, before, after = _open(folder)
+    from lerobot.policies.factory import get_policy_class
+
+    policy: Any = get_policy_class(config.type).from_pretrained(folder, config=config)
+    return LeRobotPolicy(policy.to(config.device), before, after)
+
+
+def lerobot_contract(folder: Path) -> Contract:
+    """What such a folder says of its policy, whose weights are not read.
+
+    Raises:
+        UserError: as ``load_lerobot``.
+    """
+    config, before, _ = _open(folder)
+    return read_contract(config, before)
+
+
+def _open(folder: Path) -> tuple[Any, Any, Any]:
+    """The configuration of lerobot's policy, and its processors."""
     try:
         from lerobot.configs import PreTrainedConfig
-        from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+        from lerobot.policies.factory import make_pre_post_processors
         from lerobot.utils.import_utils import register_third_party_plugins
     except ImportError as error:
         raise UserError(f"{folder} holds a policy of lerobot, which is not here ({error}): pip install 'triune-vla[lerobot]'") from None
@@ -147,7 +166,5 @@ def load_lerobot(folder: Path) -> LeRobotPolicy:
     if kind not in PreTrainedConfig.get_known_choices():
         raise UserError(f"{folder / 'config.json'} names a policy '{kind}' that lerobot does not know; install the plugin that brings it")
     config: Any = PreTrainedConfig.from_pretrained(folder)
-    policy: Any = get_policy_class(kind).from_pretrained(folder, config=config)
     overrides = {"device_processor": {"device": config.device}}
-    before, after = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
-    return LeRobotPolicy(policy.to(config.device), before, after)
+    return (config, *make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides))

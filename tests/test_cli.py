@@ -25,6 +25,7 @@ VERBS = (
     ("eval",),
     ("verify",),
     ("bench",),
+    ("doctor",),
     ("data",),
     ("data", "record"),
     ("data", "inspect"),

@@ -143,7 +143,7 @@ class VideoColumn(ImageSource):
         self.clips = list(clips)
         self.starts = starts
         self.fps = fps
-        self.decoder = _decoder()
+        self.decoder = video_decoder()
         self.kind = f"video, {self.decoder.__name__}"
         self._lock = threading.Lock()
         self._idle: list[Decoder] = []
@@ -197,7 +197,7 @@ class Decoder(Protocol):
         """
 
 
-def _decoder() -> type[Decoder]:
+def video_decoder() -> type[Decoder]:
     """torchcodec where its FFmpeg libraries are installed, PyAV (which brings its own) otherwise."""
     try:
         import torchcodec  # type: ignore[import-untyped]  # noqa: F401  # raises RuntimeError or OSError without FFmpeg

@@ -18,7 +18,6 @@ from ...data.augment import Augment, Factors
 from ...data.loader import best_order
 from ...data.sampler import Batch, ChunkSampler
 from ...data.transforms import Affine
-from ...errors import UserError
 from ...vla import Inputs, Spec
 from ...vla import build as build_model
 from ...vla.engine import infer
@@ -29,9 +28,10 @@ from ...vla.spec import FlowHead, LatentHead, PretrainedExpert
 from ...vla.weights import Reference, make_reference
 from ..checkpoint import Checkpoint, read_checkpoint, write_checkpoint, write_golden
 from ..inputs import Settings
-from ..triune import anchored, from_checkpoint, graph_info, load_model, normaliser, prompt, prompt_encoder, read_statistics, spec_of
+from ..triune import anchored, from_checkpoint, graph_info, load_model, normaliser, prompt_encoder, read_statistics, spec_of
 from ..tuning import Tuning, narrow_frozen, tune
-from .demonstrations import Data, Demonstrations, make_sampler, measure, open_demonstrations, relative_to
+from .demonstrations import Data, make_sampler, measure, open_demonstrations, relative_to
+from .fit import check_dataset, encode_tasks, own_parameters, refuse_unlearned
 from .frames import Cache, InMemory, Kept, Streamed, Views, open_frames, parts_of
 from .loop import step_seed, to_device
 from .optim import TrainConfig, resolve_device, resolve_precision
@@ -129,16 +129,16 @@ class PolicyTask:
         self.spec = recipe_spec(recipe, self.base)
         self.device = resolve_device(recipe.train.device)
         self.demonstrations = open_demonstrations(recipe.data, recipe.robot, recipe.hold_out, recipe.train.seed)
-        check_dataset(self.demonstrations, self.spec, recipe)
+        self.settings = recipe_settings(recipe, self.demonstrations.contract, self.base)
+        check_dataset(self.demonstrations, self.spec, recipe.action_key, self.settings)
         self.module = build_model(self.spec, recipe.train.seed) if self.base is None else load_model(self.base, self.spec)
         tune(self.module, recipe.experts)
         if self.base is None:
-            self._refuse_unlearned()
+            refuse_unlearned(self.spec, self.module)
         self.module.mot.checkpointing = recipe.checkpointing
         if recipe.frozen == "bf16" or (recipe.frozen == "auto" and self.device.type == "cuda" and self._low):
             narrow_frozen(self.module)
         self.module.to(self.device)
-        self.settings = self._settings()
         self.contract = policy_contract(self.demonstrations.contract, recipe, self.spec, self.base)
         self._normalisers()
         heads = {n: h for n, h in self.spec.heads.items() if isinstance(h, LatentHead)}
@@ -229,7 +229,7 @@ class PolicyTask:
         }
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        complete = weights.keys() == self._own().keys()
+        complete = weights.keys() == own_parameters(self.spec, self.module).keys()
         write_checkpoint(
             folder,
             spec=dump(self.spec),
@@ -310,26 +310,6 @@ class PolicyTask:
     def _learns(self, stream: str) -> bool:
         return any(p.requires_grad for p in self.module.mot.experts[self.module.graph.owner[stream]].parameters())
 
-    def _own(self) -> dict[str, Tensor]:
-        """Parameters outside the experts that the spec freezes: those whose weights no reference names."""
-        frozen = tuple(f"mot.experts.{n}." for n, e in self.spec.experts.items() if e.frozen)
-        return {n: p for n, p in self.module.named_parameters() if not n.startswith(frozen)}
-
-    def _refuse_unlearned(self) -> None:
-        still = sorted({".".join(n.split(".")[1:3]) for n, p in self._own().items() if not p.requires_grad})
-        if still:
-            raise UserError(
-                f"{', '.join(still)} would stay random: what does not learn, or learns by adapters, must come from a checkpoint: name it "
-                "as init, or let it learn"
-            )
-
-    def _settings(self) -> Settings:
-        """Those of the policy to go on from, with this recipe's relative actions."""
-        base = Settings() if self.base is None else parse(Settings, self.base.info.settings, self.base.folder / "policy.json")
-        if self.recipe.relative is None:
-            return base
-        return base.model_copy(update={"relative": relative_to(self.demonstrations.contract, self.recipe.relative), "poses": ()})
-
     def _normalisers(self) -> None:
         self.statistics: dict[str, Statistics | Affine]
         if self.recipe.statistics == "checkpoint" and self.base is not None:
@@ -348,13 +328,8 @@ class PolicyTask:
     def _encode_tasks(self) -> tuple[Tensor, Tensor] | None:
         """Prompt ids and presence of every task, (tasks, T); None where prompts tell the state, too."""
         self.encoder = prompt_encoder(self.module, self.settings)
-        if self.settings.words is not None and self.settings.words.state_bins:
-            return None
-        words = self.settings.words
-        plain = [prompt(self.contract, task) for task in self.demonstrations.tasks]
-        template = self.contract.prompt or "{instruction}"
-        texts = plain if words is None else [words.fill(template, t, np.zeros(0)) for t in self.demonstrations.tasks]
-        return self.encoder(texts, self.spec.views)
+        vlm = self.module.vlm(self._prompt_stream)
+        return encode_tasks(vlm, self.encoder, self.spec, self.demonstrations, self.settings, self.contract)
 
     @torch.no_grad()
     def _encode_latents(self) -> tuple[Kept, np.ndarray | None]:
@@ -462,47 +437,16 @@ def policy_contract(data: Contract, recipe: Recipe, spec: Spec, base: Checkpoint
     )
 
 
-def check_dataset(demonstrations: Demonstrations, spec: Spec, recipe: Recipe) -> None:
-    """Refuse datasets that do not fit the spec.
+def recipe_settings(recipe: Recipe, data: Contract, base: Checkpoint | None = None) -> Settings:
+    """Those of the policy to go on from, with the recipe's relative actions.
 
     Raises:
-        UserError: naming the column, the camera or the dimensions that differ.
+        UserError: ``data`` has no such action or state.
     """
-    check_spec(spec)
-    head = next(h for h in spec.heads.values() if isinstance(h, FlowHead))
-    for dataset in demonstrations.datasets:
-        if recipe.action_key not in dataset.vectors:
-            known = ", ".join(k for k in dataset.vectors if k.startswith("action"))
-            raise UserError(f"{dataset.path} has no column '{recipe.action_key}'; set action_key to one of {known}")
-        missing = [c for c in spec.cameras if c not in dataset.cameras]
-        if missing:
-            raise UserError(
-                f"{dataset.path} has no camera {', '.join(missing)} (it has {', '.join(dataset.cameras)}), which {spec.name} sees; "
-                "record it, or say by `cameras:` which of the dataset's cameras stand in for its views, in order"
-            )
-        for what, most, key in (("state", spec.state_dim, "observation.state"), ("action", head.action_dim, recipe.action_key)):
-            have = dataset.vectors[key].shape[1]
-            if have > most:
-                raise UserError(
-                    f"{dataset.path}: '{key}' has {have} dimensions, {spec.name} takes {most} for its {what} at most; "
-                    f"choose fewer in the mapping, or set the spec's {what}_dim"
-                )
-
-
-def check_spec(spec: Spec) -> None:
-    """Refuse a spec that takes what this kind of recipe does not make of a dataset.
-
-    Raises:
-        UserError: naming the stream or the head.
-    """
-    given = [f"streams.{n} ({s.tokens})" for n, s in spec.streams.items() if s.tokens in ("features", "words")]
-    given += [f"heads.{n} (latents)" for n, h in spec.heads.items() if isinstance(h, LatentHead) and h.autoencoder is None]
-    if given or not any(s.tokens == "prompt" for s in spec.streams.values()):
-        what = ", ".join(given) or "no prompt"
-        raise UserError(
-            f"{spec.name} takes {what}, which policy recipes do not make of a dataset; they encode prompts by a pretrained VLM and "
-            "frames by the head's autoencoder: use a spec with these, or call Model.losses with tensors of your own"
-        )
+    before = Settings() if base is None else parse(Settings, base.info.settings, base.folder / "policy.json")
+    if recipe.relative is None:
+        return before
+    return before.model_copy(update={"relative": relative_to(data, recipe.relative), "poses": ()})
 
 
 def references(spec: Spec) -> dict[str, Reference]:

@@ -1,6 +1,7 @@
 """From a recipe's name to a trained checkpoint."""
 
 import difflib
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from ...config import dump, find, load_tree, parse, read_yaml
 from ...data.files import write_file
 from ...errors import UserError
-from .loop import train
+from .loop import Task, train
 from .state import refuse_changes, step_folders
 from .team import is_main
 
@@ -24,6 +25,18 @@ def run(name: str, overrides: list[str], out: Path, resume: bool) -> Path:
     Raises:
         UserError: the recipe does not exist or has a wrong key, or ``out`` and ``resume`` do not go together.
     """
+    recipe, build = read_recipe(name, overrides)
+    if is_main():
+        _claim(recipe, out, resume)
+    return train(build(recipe, out), recipe.train, out, resume)
+
+
+def read_recipe(name: str, overrides: list[str]) -> tuple[Any, Callable[[Any, Path], Task]]:
+    """A recipe (in ``configs/train``, or a path) and what makes its task.
+
+    Raises:
+        UserError: there is none, its kind is unknown, or it has a wrong key.
+    """
     path = find(name, "train")
     tree = load_tree(path, overrides)
     kind = tree.get("kind")
@@ -32,10 +45,7 @@ def run(name: str, overrides: list[str], out: Path, resume: bool) -> Path:
         said = f"its kind '{kind}' is unknown" if kind is not None else "'kind' is required"
         raise UserError(f"{path}: {said}{f'; did you mean {match[0]!r}?' if match else ''} (valid: {', '.join(KINDS)})")
     module: Any = import_module(KINDS[kind], __package__)
-    recipe = parse(module.Recipe, tree, path)
-    if is_main():
-        _claim(recipe, out, resume)
-    return train(module.build(recipe, out), recipe.train, out, resume)
+    return parse(module.Recipe, tree, path), module.build
 
 
 def _claim(recipe: Any, out: Path, resume: bool) -> None:

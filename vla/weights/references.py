@@ -48,13 +48,13 @@ def make_reference(ref: str, kind: Kind) -> Reference:
     return Reference(kind=kind, ref=ref, sha256=digest(resolve_weights(ref, kind)))
 
 
-def resolve_reference(reference: Reference, base: Path) -> Path:
+def resolve_reference(reference: Reference, base: Path, download: bool = True) -> Path:
     """The folder of a reference, its content checked; a relative ``path:`` is inside ``base``.
 
     Raises:
         UserError: the folder is not there, or holds other weights than when the reference was made.
     """
-    folder = resolve_weights(anchor(reference.ref, base), reference.kind)
+    folder = resolve_weights(anchor(reference.ref, base), reference.kind, download)
     found = digest(folder)
     if found != reference.sha256:
         raise UserError(
@@ -64,8 +64,8 @@ def resolve_reference(reference: Reference, base: Path) -> Path:
     return folder
 
 
-def resolve_weights(ref: str, kind: Kind) -> Path:
-    """The folder that ``ref`` names. Only ``hf:`` ever touches the network, and only when the snapshot is not cached.
+def resolve_weights(ref: str, kind: Kind, download: bool = True) -> Path:
+    """The folder that ``ref`` names. Only ``hf:`` ever touches the network, and only to ``download`` a snapshot that is not cached.
 
     Raises:
         UserError: the reference has no known form, or there is nothing where it points.
@@ -82,7 +82,7 @@ def resolve_weights(ref: str, kind: Kind) -> Path:
         return folder
     repository, _, revision = name.partition("@")
     if scheme == "hf" and repository and revision:
-        return _hub(repository, revision, ref)
+        return _hub(repository, revision, ref, download)
     raise UserError(f"'{ref}' does not name {kind} weights; write embedded:<version>, path:<folder> or hf:<id>@<revision>")
 
 
@@ -124,14 +124,17 @@ def _architecture(name: str) -> Path:
     return folder
 
 
-def _hub(repository: str, revision: str, ref: str) -> Path:
+def _hub(repository: str, revision: str, ref: str, download: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repository, revision=revision, local_files_only=True, ignore_patterns=PICKLES))
     except LocalEntryNotFoundError:
-        pass  # not cached: download below
+        if not download:
+            raise UserError(
+                f"'{ref}' is not in the hub's cache; fetch it (hf download {repository}), or name a local copy as path:<folder>"
+            ) from None
     except HFValidationError as error:
         raise UserError(f"'{ref}' is not a hub reference: {error}; write hf:<owner>/<name>@<revision>") from None
     try:

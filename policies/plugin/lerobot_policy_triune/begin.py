@@ -8,7 +8,7 @@ from triune import UserError
 from triune.config import parse
 from triune.data import Contract, Dataset, Observation, Statistics, compute_statistics
 from triune.data.transforms import Affine
-from triune.policies.train.policy import check_spec
+from triune.policies.train.fit import check_spec
 from triune.vla import Spec
 
 from .configuration_triune import action_head
