@@ -86,10 +86,7 @@ TASKS = {f"metaworld/{task}-v3": instruction for task, instruction in INSTRUCTIO
 def contract(view: View) -> Contract:
     """The conventions that all Meta-World worlds share."""
     return Contract(
-        cameras=tuple(
-            Camera(name=shot.camera, height=shot.height, width=shot.width, flip="rotate180" if shot.camera in TURNED else "none")
-            for shot in view.shots
-        ),
+        cameras=tuple(Camera(name=shot.camera, height=shot.height, width=shot.width, flip="none") for shot in view.shots),
         state=Vector(
             names=("eef_x", "eef_y", "eef_z", "gripper"),
             units=("m", "m", "m", "1"),

@@ -72,7 +72,7 @@ def contract(view: View) -> Contract:
     """The conventions that all robosuite worlds share. An action is a delta for one control step, so its unit is the same at any rate."""
     state = ("eef_x", "eef_y", "eef_z", *(f"rot6d_{i}" for i in range(6)), "gripper_width")
     return Contract(
-        cameras=tuple(Camera(name=shot.camera, height=shot.height, width=shot.width, flip="vertical") for shot in view.shots),
+        cameras=tuple(Camera(name=shot.camera, height=shot.height, width=shot.width, flip="none") for shot in view.shots),
         state=Vector(
             names=state, units=("m",) * 3 + ("1",) * 6 + ("m",), frame="world", rotation="rot6d", gripper="width, 0 closed", mode="absolute"
         ),

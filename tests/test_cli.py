@@ -198,11 +198,11 @@ def dataset_with_one_camera(folder: Path) -> list[str]:
 
 
 def dataset_with_other_actions(folder: Path) -> list[str]:
-    return dataset(folder, action=4)
+    return dataset(folder, action=8)
 
 
 def dataset_with_other_state(folder: Path) -> list[str]:
-    return dataset(folder, state=4)
+    return dataset(folder, state=12)
 
 
 def small_dataset_to(version: str) -> Callable[[Path], list[str]]:
@@ -224,8 +224,8 @@ MISTAKES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
     "unknown kind": (["train", "quickstart", "kind=polici"], "its kind 'polici' is unknown; did you mean 'policy'?"),
     "missing dataset": (["train", "quickstart", "data=nowhere"], "nowhere"),
     "dataset without a camera": (dataset_with_one_camera, "has no camera wrist (it has agentview)"),
-    "dataset of other actions": (dataset_with_other_actions, "'action.expert' has 4 dimensions, triune_tiny takes 7 for its action"),
-    "dataset of other state": (dataset_with_other_state, "'observation.state' has 4 dimensions, triune_tiny takes 10 for its state"),
+    "dataset of other actions": (dataset_with_other_actions, "'action.expert' has 8 dimensions, triune_tiny takes 7 for its action"),
+    "dataset of other state": (dataset_with_other_state, "'observation.state' has 12 dimensions, triune_tiny takes 10 for its state"),
     "nothing to resume": (no_run_to_resume, "there is no run to resume"),
     "unknown suite": (["eval", "quikstart", "--policy", "expert"], "there is no suite config 'quikstart'; did you mean 'quickstart'?"),
     "wrong suite key": (wrong_suite_key, "unknown key 'tasks.cubes/lift-red.scord'; did you mean 'scored'?"),
