@@ -270,6 +270,7 @@ MISTAKES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
     "wrong spec key": (wrong_spec_key, "unknown key 'steams'; did you mean 'streams'?"),
     "no scenes to score on": (["model", "score", "nowhere", "--scenes", "empty"], "there are no scenes in empty"),
     "unknown benchmark": (["bench", "lodaer"], "there is no benchmark 'lodaer'; did you mean 'loader'?"),
+    "change of no recipe": (["doctor", "train.steps=3"], "train.steps=3 changes a recipe, and none is given; name one by --recipe"),
     "wrong quickstart key": (["quickstart", "worker=3"], "unknown key 'worker'; did you mean 'workers'?"),
 }
 
