@@ -24,7 +24,7 @@ from ..errors import UserError
 from .contract import Contract
 from .encode import History, Job, encode_images, encode_videos
 from .features import episode_features
-from .files import append_json, lock, publish, write_file, write_json_lines
+from .files import append_json, lock, publish, room, vacant, write_file, write_json_lines
 from .readers.metadata import CONTRACT_FILE, EPISODES_FILE, read_contract, read_episode_rows, read_facts, read_info
 from .tail import Tail
 from .types import Episode
@@ -63,20 +63,21 @@ class DatasetWriter:
         if self.fps != fps:
             raise UserError(f"a LeRobotDataset has a whole number of frames per second, not {fps}; record at another control rate")
         begun = (self.path / CONTRACT_FILE).is_file() or (self.path / "meta" / "info.json").is_file()
-        if self.path.exists() and not begun and (not self.path.is_dir() or any(self.path.iterdir())):
+        if not begun and not vacant(self.path):
             raise UserError(f"{self.path} exists and is not a dataset; choose another folder, or remove it")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = lock(self.path)
-        try:
-            if (self.path / "meta" / "info.json").is_file():
-                self._resume()
-            else:  # also where a recorder died in its first episode
-                for name in ("data", "videos", "meta"):
-                    shutil.rmtree(self.path / name, ignore_errors=True)
-            write_file(self.path / CONTRACT_FILE, json.dumps({"version": 1, "contract": contract.model_dump(mode="json")}, indent=1))
-        except BaseException:
-            self.close()
-            raise
+        with room(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock: int | None = lock(self.path)
+            try:
+                if (self.path / "meta" / "info.json").is_file():
+                    self._resume()
+                else:  # also where a recorder died in its first episode
+                    for name in ("data", "videos", "meta"):
+                        shutil.rmtree(self.path / name, ignore_errors=True)
+                write_file(self.path / CONTRACT_FILE, json.dumps({"version": 1, "contract": contract.model_dump(mode="json")}, indent=1))
+            except BaseException:
+                self.close()
+                raise
 
     def __len__(self) -> int:
         """Episodes that are published: readable whatever happens now."""
@@ -102,7 +103,8 @@ class DatasetWriter:
             its index.
 
         Raises:
-            UserError: its cameras or sizes are not those of the contract, or of the episodes before.
+            UserError: its cameras or sizes are not those of the contract, or of the episodes before; or the disk is full, which, as
+                any error in the middle of writing, closes this writer: the next one cuts off what was begun.
         """
         if self._lock is None:
             raise ValueError(f"the writer of {self.path} is closed")
@@ -112,6 +114,16 @@ class DatasetWriter:
             wrong.append(f"AV1 video needs at least {SMALLEST_VIDEO} pixels each way and its images have {smallest}")
         before = self._history.info.features if self._history else None
         features = episode_features(episode, self.path, self.contract, self.video, before, wrong)
+        try:
+            with room(self.path):
+                return self._append(episode, features)
+        except BaseException:
+            self.close()
+            raise
+
+    def _append(self, episode: Episode, features: dict[str, Any]) -> int:
+        from lerobot.datasets.io_utils import load_stats
+
         shutil.rmtree(self._stage, ignore_errors=True)
         history = self._history or History()
         for tail in (self._data, self._episodes):
@@ -132,7 +144,8 @@ class DatasetWriter:
         append_json(self.path / EPISODES_FILE, {"episode_index": self._count, **episode.meta})
         publish(self._stage / "meta" / "info.json", self.path / "meta" / "info.json")  # from here on it exists
 
-        self._history = History(meta.info, meta.tasks, meta.stats, _without_statistics(row))
+        # statistics as a later writer finds them: lerobot's own are partly of single precision, and what follows would differ by that
+        self._history = History(meta.info, meta.tasks, load_stats(self.path), _without_statistics(row))
         self._count += 1
         return self._count - 1
 

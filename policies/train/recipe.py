@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import dump, find, load_tree, parse, read_yaml
-from ...data.files import write_file
+from ...data.files import room, write_file
 from ...errors import UserError
 from .loop import train
 from .state import refuse_changes, step_folders
@@ -22,7 +22,7 @@ def run(name: str, overrides: list[str], out: Path, resume: bool) -> Path:
     The resolved recipe is kept in ``out/recipe.yaml``; training from that file repeats the run.
 
     Raises:
-        UserError: the recipe does not exist or has a wrong key, or ``out`` and ``resume`` do not go together.
+        UserError: the recipe does not exist or has a wrong key, ``out`` and ``resume`` do not go together, or the disk is full.
     """
     path = find(name, "train")
     tree = load_tree(path, overrides)
@@ -33,9 +33,10 @@ def run(name: str, overrides: list[str], out: Path, resume: bool) -> Path:
         raise UserError(f"{path}: {said}{f'; did you mean {match[0]!r}?' if match else ''} (valid: {', '.join(KINDS)})")
     module: Any = import_module(KINDS[kind], __package__)
     recipe = parse(module.Recipe, tree, path)
-    if is_main():
-        _claim(recipe, out, resume)
-    return train(module.build(recipe, out), recipe.train, out, resume)
+    with room(out, "run the same command again, with --resume where the run had begun"):
+        if is_main():
+            _claim(recipe, out, resume)
+        return train(module.build(recipe, out), recipe.train, out, resume)
 
 
 def _claim(recipe: Any, out: Path, resume: bool) -> None:
