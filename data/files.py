@@ -139,22 +139,22 @@ def lock(folder: Path) -> int:
 def append_json(file: Path, row: dict[str, Any]) -> None:
     """Add one line of JSON, numpy's arrays and numbers as JSON's, and wait until it is on the disk."""
     with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(_plain(row)) + "\n")
+        stream.write(json.dumps(plain(row)) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def write_json_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace a file of JSON lines."""
-    write_file(file, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
+    write_file(file, "".join(json.dumps(plain(row)) + "\n" for row in rows))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """``value`` with numpy's arrays and numbers as JSON's."""
     if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 

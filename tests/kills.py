@@ -45,11 +45,14 @@ class Stage:
         subprocess.run(["cc", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
         self.folder = folder
         paths = os.pathsep.join([str(HERE), str(HERE / "envs"), os.environ.get("PYTHONPATH", "")])
-        settings = {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false", "PYTHONPATH": paths}
+        settings = {
+            "LD_PRELOAD": str(library),
+            "OMP_NUM_THREADS": "1",
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",
+            "PYTHONPATH": paths,
+        }
         command = [sys.executable, __file__, str(library), *warm]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **settings}
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **settings})
 
     def __enter__(self) -> Self:
         return self

@@ -33,6 +33,10 @@ def same(folder: Path, episodes: list[Episode]) -> None:
             np.testing.assert_array_equal(dataset.frames(camera, range(info.start, info.start + info.length)), images)
 
 
+def same_statistics(one: Path, other: Path) -> None:
+    assert (one / "meta/stats.json").read_bytes() == (other / "meta/stats.json").read_bytes()
+
+
 def same_in_lerobot(folder: Path, episodes: list[Episode]) -> None:
     """lerobot's own reader finds them too, and their frames at the right indices."""
     from lerobot.datasets import LeRobotDataset
@@ -160,6 +164,7 @@ def test_killed_while_publishing(
             again.add(make_episode(index))
     same(folder, [make_episode(i) for i in range(3)])
     same_in_lerobot(folder, [make_episode(i) for i in range(3)])
+    same_statistics(folder, make_dataset(3, "straight"))
 
 
 def test_killed_in_the_first_episode(

@@ -69,7 +69,7 @@ def record_for_ever(out: str) -> None:
 
 
 def record_some() -> None:
-    """Entry of a process that a test kills or leaves without room: as ``vla data record FOLDER EPISODES``, its world being none of the registry."""
+    """Entry of a process that a test kills or leaves without room: ``FOLDER EPISODES``, of a world that is not in the registry."""
     import sys
 
     from triune import UserError

@@ -14,7 +14,16 @@ from ..kills import Ended, Stage
 from .test_record import same_files
 
 EPISODES = 5
-WARM = ("triune.cli.main", "triune.envs.record", "triune.data.convert", "lerobot.datasets", "datasets", "h5py", "PIL.PngImagePlugin", "point_world")
+WARM = (
+    "triune.cli.main",
+    "triune.envs.record",
+    "triune.data.convert",
+    "lerobot.datasets",
+    "datasets",
+    "h5py",
+    "PIL.PngImagePlugin",
+    "point_world",
+)
 
 
 @pytest.fixture(scope="module")
