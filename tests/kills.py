@@ -9,14 +9,18 @@ import importlib
 import json
 import mmap
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
+
+import numpy as np
 
 HERE = Path(__file__).parent
 
@@ -84,6 +88,53 @@ class Stage:
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return Ended(*json.loads(self._process.stdout.readline()), said.read_text())
+
+
+class Trial(Protocol):
+    """A command that is run as often as it takes."""
+
+    def go(self, **plan: float) -> Ended:
+        """Begin, or go on; ``plan`` is for ``Stage.run``."""
+
+    def check(self) -> None:
+        """What is there now must be whole."""
+
+
+def killed(begin: Callable[[Path], Trial], whole: Ended, folder: Path, kills: int, first: int = 0) -> Iterator[Trial]:
+    """Ended trials, each killed about twice on its way, until there were so many kills: before or in operations on files, and at moments,
+    both as likely anywhere in what ``whole`` did; by turns of a generator seeded with ``first`` and the numbers after it.
+    """
+    done = 0
+    for seed in range(first, first + 10 * kills):
+        rng = np.random.default_rng(seed)
+        trial = begin(folder / str(seed))
+        for attempt in range(2 if done + 1 < kills else 1):
+            by_operation, part = bool(rng.integers(2)), rng.random() / (1 + attempt)
+            ended = trial.go(**({"at": 1 + int(part * whole.operations)} if by_operation else {"seconds": part * whole.seconds}))
+            assert ended.code in (0, -signal.SIGKILL), ended.said
+            done += ended.code != 0
+            trial.check()
+        ended = trial.go()
+        assert ended.code == 0, (seed, ended.said)
+        yield trial
+        shutil.rmtree(folder / str(seed))
+        if done >= kills:
+            return
+    raise AssertionError(f"only {done} of the kills hit")
+
+
+def filled(begin: Callable[[Path], Trial], like: Path, folder: Path, shares: list[float]) -> Iterator[Trial]:
+    """Ended trials whose disk was full once these shares of the bytes beneath ``like`` were written; then there was room again."""
+    size = sum(path.stat().st_size for path in like.rglob("*") if path.is_file() and not path.is_symlink())
+    for number, share in enumerate(shares):
+        trial = begin(folder / str(number))
+        ended = trial.go(room=int(share * size))
+        assert ended.code == 2, ended.said
+        assert "Traceback" not in ended.said and "error: no room left on the disk" in " ".join(ended.said.split()), ended.said
+        trial.check()
+        ended = trial.go()
+        assert ended.code == 0, ended.said
+        yield trial
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ import pytest
 from triune.data import Camera, Contract, Episode, Vector, open_dataset, tail
 from triune.data import writer as module
 from triune.data.writer import DatasetWriter
+from triune.data.writer_v21 import WriterV21
 from triune.errors import UserError
 
 MakeEpisode = Callable[..., Episode]
@@ -185,6 +187,15 @@ def test_killed_in_the_first_episode(
     same(tmp_path / "d", [make_episode(0)])
 
 
+@pytest.mark.parametrize("writer", [DatasetWriter, WriterV21])
+def test_killed_before_the_first_file_has_its_name(writer: Callable[..., Any], tmp_path: Path, contract: Contract) -> None:
+    (tmp_path / "d/meta").mkdir(parents=True)
+    (tmp_path / "d/meta/.tmp-triune.json").write_text('{"vers')
+    with writer(tmp_path / "d", contract, 20) as again:
+        assert len(again) == 0
+    assert [path.name for path in (tmp_path / "d").rglob("*") if path.is_file()] == ["triune.json"]
+
+
 def test_torn_line_of_facts(make_dataset: MakeDataset, make_episode: MakeEpisode, contract: Contract) -> None:
     folder = make_dataset(1)
     with (folder / "meta/triune_episodes.jsonl").open("a") as file:
@@ -263,6 +274,7 @@ def test_sigkill(make_episode: MakeEpisode, tmp_path: Path, contract: Contract) 
 import sys, numpy as np
 from triune.data import Camera, Contract, Episode, Vector
 from triune.data.writer import DatasetWriter
+from triune.data.writer_v21 import WriterV21
 contract = Contract.model_validate_json(sys.argv[2])
 with DatasetWriter(sys.argv[1], contract, 20) as writer:
     while True:

@@ -1,16 +1,14 @@
 """Recording and converting, killed at any moment or out of disk: nothing that was there is lost, and the end is that of a straight run."""
 
-import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from triune.data import Dataset, open_dataset
+from triune.data import open_dataset
 
-from ..kills import Ended, Stage
+from ..kills import Ended, Stage, filled, killed
 from .test_record import same_files
 
 EPISODES = 5
@@ -42,6 +40,7 @@ class Trial:
 
     def __init__(self, stage: Stage, kind: str, source: Path | None, folder: Path) -> None:
         self.stage, self.kind, self.source, self.out = stage, kind, source, folder / "data"
+        self.have = 0
         folder.mkdir(parents=True)
 
     def go(self, **plan: float) -> Ended:
@@ -50,18 +49,21 @@ class Trial:
         command = ("data", "convert", self.source or "", self.out, "--to", self.kind)
         return self.stage.run("triune.cli.main:main", *command, beneath=self.out, **plan)  # type: ignore[arg-type]
 
-    def check(self, least: int) -> int:
-        """What is counted is whole, for us and for lerobot, and no less than before. Returns how many episodes there are."""
-        if not (self.out / "meta/info.json").exists():
-            assert least == 0
-            return 0
-        dataset = open_dataset(self.out)
-        assert len(dataset.episodes) >= least
-        return len(dataset.episodes)
+    def another(self, folder: Path) -> "Trial":
+        """The same command, into another folder."""
+        return Trial(self.stage, self.kind, self.source, folder)
 
-
-def contents(dataset: Dataset) -> list[np.ndarray]:
-    return [*dataset.vectors.values(), *(dataset.load_images(camera) for camera in dataset.cameras)]
+    def check(self) -> None:
+        """What is counted is whole and no less than before; now and then also for lerobot."""
+        if (self.out / "meta/info.json").exists():
+            dataset = open_dataset(self.out)
+            assert len(dataset.episodes) >= self.have
+            self.have = len(dataset.episodes)
+            for camera in dataset.cameras:
+                assert len(dataset.load_images(camera)) == len(dataset)
+            if self.out.parent.name.endswith("4") and self.kind != "v2.1":
+                check_in_lerobot(self.out)
+        assert (self.out / "meta/info.json").exists() or not self.have
 
 
 def check_in_lerobot(folder: Path) -> None:
@@ -89,62 +91,31 @@ def straights(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
-def kill(stage: Stage, straight: tuple[Trial, Ended], folder: Path, kills: int, first: int = 0) -> None:
-    """Datasets whose writers are each killed about twice, until there were so many kills."""
-    expected, whole = straight
-    done = 0
-    for seed in range(first, first + 10 * kills):
-        rng = np.random.default_rng(seed)
-        trial = Trial(stage, expected.kind, expected.source, folder / str(seed))
-        have = 0
-        for attempt in range(2 if done + 1 < kills else 1):
-            by_operation, part = bool(rng.integers(2)), rng.random() / (1 + attempt)
-            ended = trial.go(**({"at": 1 + int(part * whole.operations)} if by_operation else {"seconds": part * whole.seconds}))
-            assert ended.code in (0, -signal.SIGKILL), ended.said
-            done += ended.code != 0
-            have = trial.check(have)
-            if have and trial.kind != "v2.1" and seed % 5 == 4:
-                check_in_lerobot(trial.out)
-        ended = trial.go()
-        assert ended.code == 0, (seed, ended.said)
-        same_files(trial.out, expected.out)
-        shutil.rmtree(folder / str(seed))
-        if done >= kills:
-            return
-    raise AssertionError(f"only {done} of the kills hit")
-
-
 @pytest.mark.parametrize(("kind", "kills"), [("record", 2), ("v3.0", 1), ("v2.1", 1)])
-def test_killed_at_random_moments(kind: str, kills: int, stage: Stage, straights: dict[str, tuple[Trial, Ended]], tmp_path: Path) -> None:
-    kill(stage, straights[kind], tmp_path, kills)
+def test_killed_at_random_moments(kind: str, kills: int, straights: dict[str, tuple[Trial, Ended]], tmp_path: Path) -> None:
+    expected, whole = straights[kind]
+    for trial in killed(expected.another, whole, tmp_path, kills):
+        same_files(trial.out, expected.out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "kills"), [("record", 30), ("v3.0", 15), ("v2.1", 15)])
-def test_killed_at_many_moments(kind: str, kills: int, stage: Stage, straights: dict[str, tuple[Trial, Ended]], tmp_path: Path) -> None:
-    kill(stage, straights[kind], tmp_path, kills, first=1000)
-
-
-def full(straight: tuple[Trial, Ended], folder: Path, shares: list[float]) -> None:
-    """The disk is full once these shares of the dataset's bytes are written; then there is room again."""
-    size = sum(path.stat().st_size for path in straight[0].out.rglob("*") if path.is_file())
-    for number, share in enumerate(shares):
-        trial = Trial(straight[0].stage, straight[0].kind, straight[0].source, folder / str(number))
-        ended = trial.go(room=int(share * size))
-        assert ended.code == 2, ended.said
-        assert "Traceback" not in ended.said and "no room left on the disk" in " ".join(ended.said.split("error: ")[1].split()), ended.said
-        trial.check(0)
-        ended = trial.go()
-        assert ended.code == 0, ended.said
-        same_files(trial.out, straight[0].out)
+def test_killed_at_many_moments(kind: str, kills: int, straights: dict[str, tuple[Trial, Ended]], tmp_path: Path) -> None:
+    expected, whole = straights[kind]
+    for trial in killed(expected.another, whole, tmp_path, kills, first=1000):
+        same_files(trial.out, expected.out)
 
 
 @pytest.mark.parametrize("kind", ["record", "v3.0", "v2.1"])
 def test_a_full_disk_is_one_sentence(kind: str, straights: dict[str, tuple[Trial, Ended]], tmp_path: Path) -> None:
-    full(straights[kind], tmp_path, [0.5])
+    expected = straights[kind][0]
+    for trial in filled(expected.another, expected.out, tmp_path, [0.5]):
+        same_files(trial.out, expected.out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["record", "v3.0", "v2.1"])
 def test_a_disk_that_is_full_at_any_byte(kind: str, straights: dict[str, tuple[Trial, Ended]], tmp_path: Path) -> None:
-    full(straights[kind], tmp_path, [0.0, 0.002, 0.01, *np.random.default_rng(0).uniform(0, 0.95, 8)])
+    expected = straights[kind][0]
+    for trial in filled(expected.another, expected.out, tmp_path, [0.0, 0.002, 0.01, *np.random.default_rng(0).uniform(0, 0.95, 8)]):
+        same_files(trial.out, expected.out)

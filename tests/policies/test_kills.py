@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from triune.policies import load_policy, read_checkpoint, verify
 from triune.policies.train.logs import read_log
 from triune.policies.train.state import step_folders
 
-from ..kills import Ended, Stage
+from ..kills import Ended, Stage, filled, killed
 
 WARM = (
     "triune.cli.main", "triune.policies.train.policy", "torch.utils.tensorboard", "torch._dynamo", "peft", "lerobot.datasets", "num2words",
@@ -65,6 +63,10 @@ class Trial:
         resume = ["--resume"] if (self.out / "recipe.yaml").exists() else []
         return self.stage.run("kills:train", self.order, self.recipe, "--out", self.out, *resume, *more, beneath=self.out, **plan)  # type: ignore[arg-type]
 
+    def another(self, folder: Path) -> "Trial":
+        """The same run in another folder."""
+        return Trial(self.stage, self.recipe, folder)
+
     def check(self) -> None:
         """What is there is whole: every hash of the newest checkpoint, and of the state that continues it."""
         folders = step_folders(self.out)
@@ -108,60 +110,32 @@ def straight(stage: Stage, recipe: Path, tmp_path_factory: pytest.TempPathFactor
     return trial, ended
 
 
-def kill(stage: Stage, recipe: Path, straight: tuple[Trial, Ended], folder: Path, kills: int, first: int = 0) -> None:
-    """Runs that are each killed about twice, at operations on files and at moments by turns, until there were so many kills."""
+def test_killed_at_random_moments(straight: tuple[Trial, Ended], tmp_path: Path) -> None:
     expected, whole = straight
-    done = 0
-    for seed in range(first, first + 10 * kills):
-        rng = np.random.default_rng(seed)
-        trial = Trial(stage, recipe, folder / str(seed))
-        for attempt in range(2 if done + 1 < kills else 1):
-            by_operation, part = bool(rng.integers(2)), rng.random() / (1 + attempt)
-            ended = trial.go(**({"at": 1 + int(part * whole.operations)} if by_operation else {"seconds": part * whole.seconds}))
-            assert ended.code in (0, -signal.SIGKILL), ended.said
-            done += ended.code != 0
-            trial.check()
-        ended = trial.go()
-        assert ended.code == 0, (seed, ended.said)
+    for trial in killed(expected.another, whole, tmp_path, kills=3):
         same(trial, expected)
-        shutil.rmtree(folder / str(seed))
-        if done >= kills:
-            return
-    raise AssertionError(f"only {done} of the kills hit")
-
-
-def test_killed_at_random_moments(stage: Stage, recipe: Path, straight: tuple[Trial, Ended], tmp_path: Path) -> None:
-    kill(stage, recipe, straight, tmp_path, kills=3)
     policy = load_policy(straight[0].out)
     assert all(row.passed for row in verify(read_checkpoint(straight[0].out), policy))
 
 
 @pytest.mark.slow
-def test_killed_at_fifty_random_moments(stage: Stage, recipe: Path, straight: tuple[Trial, Ended], tmp_path: Path) -> None:
-    kill(stage, recipe, straight, tmp_path, kills=50, first=1000)
+def test_killed_at_fifty_random_moments(straight: tuple[Trial, Ended], tmp_path: Path) -> None:
+    expected, whole = straight
+    for trial in killed(expected.another, whole, tmp_path, kills=50, first=1000):
+        same(trial, expected)
 
 
-def full(stage: Stage, recipe: Path, straight: tuple[Trial, Ended], folder: Path, shares: list[float]) -> None:
-    """The disk is full once these shares of the run's bytes are written; then there is room again."""
-    size = sum(path.stat().st_size for path in straight[0].out.rglob("*") if path.is_file() and not path.is_symlink())
-    for number, share in enumerate(shares):
-        trial = Trial(stage, recipe, folder / str(number))
-        ended = trial.go(room=int(share * size))
-        assert ended.code == 2, ended.said
-        assert "Traceback" not in ended.said and "no room left on the disk" in " ".join(ended.said.split("error: ")[1].split()), ended.said
-        trial.check()
-        ended = trial.go()
-        assert ended.code == 0, ended.said
+def test_a_full_disk_is_one_sentence(straight: tuple[Trial, Ended], tmp_path: Path) -> None:
+    for trial in filled(straight[0].another, straight[0].out, tmp_path, [0.0, 0.5]):
         same(trial, straight[0])
 
 
-def test_a_full_disk_is_one_sentence(stage: Stage, recipe: Path, straight: tuple[Trial, Ended], tmp_path: Path) -> None:
-    full(stage, recipe, straight, tmp_path, [0.0, 0.5])
-
-
 @pytest.mark.slow
-def test_a_disk_that_is_full_at_any_byte(stage: Stage, recipe: Path, straight: tuple[Trial, Ended], tmp_path: Path) -> None:
-    full(stage, recipe, straight, tmp_path, [*np.random.default_rng(0).uniform(0, 0.95, 12), 0.001, 0.002, 0.01])
+def test_a_disk_that_is_full_at_any_byte(straight: tuple[Trial, Ended], tmp_path: Path) -> None:
+    for trial in filled(
+        straight[0].another, straight[0].out, tmp_path, [*np.random.default_rng(0).uniform(0, 0.95, 12), 0.001, 0.002, 0.01]
+    ):
+        same(trial, straight[0])
 
 
 def test_the_same_seed_in_another_process_and_with_another_number_of_workers(
