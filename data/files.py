@@ -1,16 +1,19 @@
 """Writing files so that a reader, or a program killed at any moment, sees the old state or the new one and nothing between."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from ..errors import UserError
 
@@ -79,6 +82,45 @@ def remove(path: Path) -> None:
         shutil.rmtree(trash)
 
 
+@contextmanager
+def room(folder: Path, then: str = "run the same command again, which goes on from there") -> Iterator[None]:
+    """Around all that writes into ``folder``: a full disk is said in one sentence, whichever thread of whichever library meets it.
+
+    Args:
+        then: what to do when there is room again.
+
+    Raises:
+        UserError: the disk is full, or the user's quota.
+    """
+    found: list[BaseException | None] = []
+    usual = threading.excepthook
+
+    def hear(told: threading.ExceptHookArgs) -> None:
+        found.append(told.exc_value) if _is_full(told.exc_value) else usual(told)
+
+    threading.excepthook = hear
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        found.append(error)
+    finally:
+        threading.excepthook = usual
+    if found:
+        raise UserError(f"no room left on the disk of {folder}; everything saved before is whole: make room, then {then}") from found[0]
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """By its words, since safetensors has no number for what the system said."""
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def vacant(path: Path) -> bool:
+    """Whether there is nothing at ``path`` but what a writer killed at its very beginning leaves: folders and temporary files."""
+    return not path.exists() or (path.is_dir() and all(found.is_dir() or found.name.startswith(".tmp-") for found in path.rglob("*")))
+
+
 def lock(folder: Path) -> int:
     """Hold the folder for one writer until the descriptor is closed or the process dies.
 
@@ -97,22 +139,22 @@ def lock(folder: Path) -> int:
 def append_json(file: Path, row: dict[str, Any]) -> None:
     """Add one line of JSON, numpy's arrays and numbers as JSON's, and wait until it is on the disk."""
     with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(_plain(row)) + "\n")
+        stream.write(json.dumps(plain(row)) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def write_json_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace a file of JSON lines."""
-    write_file(file, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
+    write_file(file, "".join(json.dumps(plain(row)) + "\n" for row in rows))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """``value`` with numpy's arrays and numbers as JSON's."""
     if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 

@@ -21,7 +21,7 @@ from ..errors import UserError
 from .contract import Contract
 from .encode import png
 from .features import episode_features, vectors_of
-from .files import append_json, lock, publish, write_file, write_json_lines
+from .files import append_json, lock, publish, room, vacant, write_file, write_json_lines
 from .readers.metadata import CONTRACT_FILE, DEFAULT_COLUMNS, EPISODES_FILE, read_contract, read_info, read_json_lines
 from .types import Episode
 
@@ -43,19 +43,20 @@ class WriterV21:
         if self.fps != fps:
             raise UserError(f"a LeRobotDataset has a whole number of frames per second, not {fps}; convert at another rate")
         begun = (self.path / CONTRACT_FILE).is_file() or (self.path / "meta" / "info.json").is_file()
-        if self.path.exists() and not begun and (not self.path.is_dir() or any(self.path.iterdir())):
+        if not begun and not vacant(self.path):
             raise UserError(f"{self.path} exists and is not a dataset; choose another folder, or remove it")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = lock(self.path)
-        try:
-            if (self.path / "meta" / "info.json").is_file():
-                self._info = read_info(self.path, ("v2.1",))
-                self._check()
-            self._forget_uncounted()
-            write_file(self.path / CONTRACT_FILE, json.dumps({"version": 1, "contract": contract.model_dump(mode="json")}, indent=1))
-        except BaseException:
-            self.close()
-            raise
+        with room(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock: int | None = lock(self.path)
+            try:
+                if (self.path / "meta" / "info.json").is_file():
+                    self._info = read_info(self.path, ("v2.1",))
+                    self._check()
+                self._forget_uncounted()
+                write_file(self.path / CONTRACT_FILE, json.dumps({"version": 1, "contract": contract.model_dump(mode="json")}, indent=1))
+            except BaseException:
+                self.close()
+                raise
 
     def __len__(self) -> int:
         """Episodes that are published."""
@@ -77,7 +78,7 @@ class WriterV21:
         """Publish one episode; when this returns it is on the disk and readable. Returns its index.
 
         Raises:
-            UserError: its cameras or sizes are not those of the contract, or of the episodes before.
+            UserError: as of ``DatasetWriter.add``.
         """
         if self._lock is None:
             raise ValueError(f"the writer of {self.path} is closed")
@@ -85,6 +86,14 @@ class WriterV21:
         wrong = [f"h264 video needs an even height and width, unlike {', '.join(odd)}"] if odd else []
         before = self._info["features"] if self._info else None
         features = episode_features(episode, self.path, self.contract, self.video, before, wrong)
+        try:
+            with room(self.path):
+                return self._append(episode, features)
+        except BaseException:
+            self.close()
+            raise
+
+    def _append(self, episode: Episode, features: dict[str, Any]) -> int:
         index, first = len(self), int(self._info["total_frames"]) if self._info else 0
         known = dict(self._tasks)
         task = known.setdefault(episode.task, len(known))

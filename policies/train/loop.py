@@ -249,12 +249,14 @@ def prefetch(batch: Callable[[int], Any], start: int, end: int, depth: int = 2) 
 
 @contextlib.contextmanager
 def stopping() -> Iterator[list[int]]:
-    """A list that SIGTERM or the first Ctrl-C puts its signal number into; a second one has its usual effect."""
+    """A list that SIGTERM or Ctrl-C puts its signal number into; a second Ctrl-C has its usual effect. A second SIGTERM has none: a
+    cluster that stops a job tells the launcher and its processes, and the launcher tells them again."""
     caught: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
     if threading.current_thread() is not threading.main_thread():
         yield caught  # only the main thread may handle signals

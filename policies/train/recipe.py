@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import dump, find, load_tree, parse, read_yaml
-from ...data.files import write_file
+from ...data.files import room, write_file
 from ...errors import UserError
 from .loop import Task, train
 from .state import refuse_changes, step_folders
@@ -23,12 +23,13 @@ def run(name: str, overrides: list[str], out: Path, resume: bool) -> Path:
     The resolved recipe is kept in ``out/recipe.yaml``; training from that file repeats the run.
 
     Raises:
-        UserError: the recipe does not exist or has a wrong key, or ``out`` and ``resume`` do not go together.
+        UserError: the recipe does not exist or has a wrong key, ``out`` and ``resume`` do not go together, or the disk is full.
     """
     recipe, build = read_recipe(name, overrides)
-    if is_main():
-        _claim(recipe, out, resume)
-    return train(build(recipe, out), recipe.train, out, resume)
+    with room(out, "run the same command again, with --resume where the run had begun"):
+        if is_main():
+            _claim(recipe, out, resume)
+        return train(build(recipe, out), recipe.train, out, resume)
 
 
 def read_recipe(name: str, overrides: list[str]) -> tuple[Any, Callable[[Any, Path], Task]]:

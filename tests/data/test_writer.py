@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ import pytest
 from triune.data import Camera, Contract, Episode, Vector, open_dataset, tail
 from triune.data import writer as module
 from triune.data.writer import DatasetWriter
+from triune.data.writer_v21 import WriterV21
 from triune.errors import UserError
 
 MakeEpisode = Callable[..., Episode]
@@ -31,6 +33,10 @@ def same(folder: Path, episodes: list[Episode]) -> None:
         np.testing.assert_array_equal(dataset.vectors["action.expert"][info.frames], episode.extra["action.expert"])
         for camera, images in episode.images.items():
             np.testing.assert_array_equal(dataset.frames(camera, range(info.start, info.start + info.length)), images)
+
+
+def same_statistics(one: Path, other: Path) -> None:
+    assert (one / "meta/stats.json").read_bytes() == (other / "meta/stats.json").read_bytes()
 
 
 def same_in_lerobot(folder: Path, episodes: list[Episode]) -> None:
@@ -160,6 +166,7 @@ def test_killed_while_publishing(
             again.add(make_episode(index))
     same(folder, [make_episode(i) for i in range(3)])
     same_in_lerobot(folder, [make_episode(i) for i in range(3)])
+    same_statistics(folder, make_dataset(3, "straight"))
 
 
 def test_killed_in_the_first_episode(
@@ -178,6 +185,15 @@ def test_killed_in_the_first_episode(
     with DatasetWriter(tmp_path / "d", contract, 20) as again:
         again.add(make_episode(0))
     same(tmp_path / "d", [make_episode(0)])
+
+
+@pytest.mark.parametrize("writer", [DatasetWriter, WriterV21])
+def test_killed_before_the_first_file_has_its_name(writer: Callable[..., Any], tmp_path: Path, contract: Contract) -> None:
+    (tmp_path / "d/meta").mkdir(parents=True)
+    (tmp_path / "d/meta/.tmp-triune.json").write_text('{"vers')
+    with writer(tmp_path / "d", contract, 20) as again:
+        assert len(again) == 0
+    assert [path.name for path in (tmp_path / "d").rglob("*") if path.is_file()] == ["triune.json"]
 
 
 def test_torn_line_of_facts(make_dataset: MakeDataset, make_episode: MakeEpisode, contract: Contract) -> None:
@@ -258,6 +274,7 @@ def test_sigkill(make_episode: MakeEpisode, tmp_path: Path, contract: Contract) 
 import sys, numpy as np
 from triune.data import Camera, Contract, Episode, Vector
 from triune.data.writer import DatasetWriter
+from triune.data.writer_v21 import WriterV21
 contract = Contract.model_validate_json(sys.argv[2])
 with DatasetWriter(sys.argv[1], contract, 20) as writer:
     while True:

@@ -66,3 +66,17 @@ def record_for_ever(out: str) -> None:
     from triune.envs.record import record_all
 
     record_all({"point/a": 10_000}, Path(out), workers=1, view=VIEW, make=make, progress=lambda done, _: print(done, flush=True))
+
+
+def record_some() -> None:
+    """Entry of a process that a test kills or leaves without room: ``FOLDER EPISODES``, of a world that is not in the registry."""
+    import sys
+
+    from triune import UserError
+    from triune.envs.record import record_all
+
+    try:
+        record_all({"point/a": int(sys.argv[2])}, Path(sys.argv[1]), workers=1, noise=0.1, view=VIEW, make=make)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

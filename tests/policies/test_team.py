@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from triune.policies import load_policy, read_checkpoint, verify
+from triune.policies.train.logs import read_log
+from triune.policies.train.state import step_folders
 
 
 def launch(processes: int, recipe: Path, out: Path, *more: str) -> list[dict]:
@@ -52,3 +56,31 @@ def test_two_processes_train_as_one(parallel: str, recipe: Path, alone: tuple[li
     assert looks[0]["held_out_loss"] == pytest.approx(looks[1]["held_out_loss"], abs=1e-4)
     policy = load_policy(tmp_path / "run")
     assert all(row.passed for row in verify(read_checkpoint(tmp_path / "run"), policy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everybody", [False, True], ids=["torchrun is told", "all are told"])
+def test_sigterm_saves_and_one_process_goes_on(everybody: bool, recipe: Path, tmp_path: Path) -> None:
+    """Two processes with streamed images are stopped in the middle: by torchrun, or as a cluster does it, which tells them too. Both
+    end, with one whole checkpoint; a single process resumes it, and all steps are those of a run that was never stopped."""
+    more = ["train.steps=40", "train.save_every=1000", "cache.images_gb=2e-4", "cache.limit_gb=1e-9"]
+    straight, out = launch(1, recipe, tmp_path / "straight", *more), tmp_path / "run"
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "triune", "train", str(recipe), "--out", str(out)]
+    with subprocess.Popen(
+        [sys.executable, *command, *more], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    ) as torchrun:
+        while len(read_log(out / "log.jsonl")) < 5:
+            assert torchrun.poll() is None
+            time.sleep(0.01)
+        workers = [int(pid) for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()]
+        for pid in [*(workers if everybody else []), torchrun.pid]:
+            os.kill(pid, signal.SIGTERM)
+        assert torchrun.wait(60) != 0
+    assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    (saved,) = step_folders(out)
+    read_checkpoint(saved)
+    assert 5 <= int(saved.name[5:]) == len(read_log(out / "log.jsonl")) < 40
+    rows = launch(1, recipe, out, *more, "--resume")
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    for one, both in zip(straight, rows, strict=True):
+        assert abs(one["loss"] - both["loss"]) < 1e-5
