@@ -182,7 +182,8 @@ def read(source: Path, tokenizer: Path | None, embodiment: str | None) -> Releas
     line = LINES.get(str(tree.get("model_type")))
     if line is None:
         known = " and ".join(sorted(line.name for line in LINES.values()))
-        raise UserError(f"{source} holds a '{tree.get('model_type')}'; of GR00T only {known} can be converted")
+        why = "not N1.5, whose transforms are Python that its folder does not hold"
+        raise UserError(f"{source} holds a '{tree.get('model_type')}'; of GR00T only {known} can be converted, {why}")
     network = parse(line.network, _plain(tree, source / "config.json"), source / "config.json")
     kwargs = read_json(source / "processor_config.json", WAY_OUT).get("processor_kwargs", {})
     processor = parse(Processor, _plain(kwargs, source / "processor_config.json"), source / "processor_config.json")

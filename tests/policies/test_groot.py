@@ -1,4 +1,4 @@
-"""A GR00T folder, converted for a robot, acts as NVIDIA's own code does: processor and network of N1.6 and N1.7 (``golden/groot*.json``)."""
+"""A GR00T folder, converted for a robot, acts as NVIDIA's own code does: processor and network of N1.6, N1.7 (``golden/groot*.json``)."""
 
 import json
 import shutil
@@ -290,7 +290,7 @@ def config(**changes: Any) -> Callable[[Path], None]:
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "another line": (config(model_type="Gr00tN1d8"), "holds a 'Gr00tN1d8'; of GR00T only N1.6 and N1.7 can be converted"),
+    "N1.5": (config(model_type="gr00t_n1_5"), "holds a 'gr00t_n1_5'; of GR00T only N1.6 and N1.7 can be converted, not N1.5, whose transf"),
     "no processor": (lambda f: (f / "processor_config.json").unlink(), "processor_config.json cannot be read"),
     "no statistics": (edit("statistics", lambda t: t.clear()), "choose one by --embodiment TAG: none has statistics"),
     "no relative statistics": (
