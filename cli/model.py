@@ -78,7 +78,7 @@ def score(
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Folder of a released policy: of lerobot, openpi's PyTorch or Isaac-GR00T N1.7.")
+        Path, typer.Argument(metavar="SRC", help="Folder of a released policy: of lerobot, openpi's PyTorch or Isaac-GR00T N1.6, N1.7.")
     ],
     out: Annotated[Path, typer.Argument(help="The checkpoint to write; must not be there yet.")],
     changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What an openpi folder does not tell.")] = None,

@@ -1,4 +1,4 @@
-"""A released policy as a checkpoint that acts the same: of lerobot (pi0, pi0.5, SmolVLA), openpi (pi0, pi0.5) and Isaac-GR00T (N1.7).
+"""A released policy as a checkpoint that acts the same: of lerobot (pi0, pi0.5, SmolVLA), openpi (pi0, pi0.5) and Isaac-GR00T (N1.6, N1.7).
 
 What its transforms do becomes settings and statistics, so that the policy needs no word of where it came from. The code that it was
 written with is not needed: its folder is JSON and safetensors.

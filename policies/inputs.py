@@ -27,6 +27,7 @@ class Resize(Strict):
         filter: ``bilinear`` takes four pixels and does not round; ``pillow`` is Pillow's, which takes all that shrink into one and rounds;
             ``area`` is OpenCV's INTER_AREA.
         crop: the share of each side that is kept from the middle and scaled once more.
+        first: height and width for all of this, where Pillow's bicubic filter makes ``height`` x ``width`` of it last.
     """
 
     height: PositiveInt
@@ -35,6 +36,13 @@ class Resize(Strict):
     at: Literal["centre", "bottom_right"] = "centre"
     filter: Literal["bilinear", "pillow", "area"] = "bilinear"
     crop: PositiveFloat | None = None
+    first: tuple[PositiveInt, PositiveInt] | None = None
+
+    @model_validator(mode="after")
+    def _squared(self) -> "Resize":
+        if self.shape == "fit" and (self.crop is not None or self.first is not None):
+            raise ValueError("crop and first are for pictures that are squares; set shape: padded or square")
+        return self
 
     def __call__(self, images: UInt8[Tensor, "*S 3 Y X"]) -> Float[Tensor, "*S 3 H W"]:
         """Pixels from 0 to 255.
@@ -47,9 +55,11 @@ class Resize(Strict):
             raise UserError(f"a picture is {rows}x{columns}, the policy takes squares; crop or pad it before")
         flat, scale = images.reshape(-1, 3, rows, columns), SCALES[self.filter]
         if self.shape != "fit":
-            whole = scale(_square(flat), (self.height, self.width))
-            cut = whole if self.crop is None else scale(_middle(whole, self.crop), (self.height, self.width))
-            return cut.reshape(*before, *cut.shape[1:])
+            size = self.first or (self.height, self.width)
+            whole = scale(_square(flat), size)
+            cut = whole if self.crop is None else scale(_middle(whole, self.crop), size)
+            last = cut if self.first is None else _pillow(cut, (self.height, self.width), bicubic=True)
+            return last.reshape(*before, *last.shape[1:])
         ratio = max(columns / self.width, rows / self.height)
         size = (int(rows / ratio), int(columns / ratio))
         scaled = scale(flat, size).reshape(*before, 3, *size)
@@ -62,10 +72,11 @@ def _bilinear(images: Tensor, size: tuple[int, int]) -> Float[Tensor, "N 3 H W"]
     return F.interpolate(images.float(), size, mode="bilinear", align_corners=False)
 
 
-def _pillow(images: Tensor, size: tuple[int, int]) -> Float[Tensor, "N 3 H W"]:
+def _pillow(images: Tensor, size: tuple[int, int], bicubic: bool = False) -> Float[Tensor, "N 3 H W"]:
     from PIL import Image
 
-    return _each(images, lambda image: Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+    kind = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+    return _each(images, lambda image: Image.fromarray(image).resize(size[::-1], kind))
 
 
 def _area(images: Tensor, size: tuple[int, int]) -> Float[Tensor, "N 3 H W"]:

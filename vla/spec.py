@@ -80,15 +80,15 @@ class CrossLayers(Strict):
     ``reads``: ``keys``, the rotated keys and values of the others in the same step, projected anew, with positions that count from
     their stream's start (SmolVLA), or ``hidden``, the final hidden states along edges ``via: hidden`` (GR00T, text of Wan).
     ``place``: ``instead`` of self-attention, or ``after`` it with a norm and an output of its own. ``adapter``: what hidden states
-    pass first, once for all layers. ``turns``: what of them the first, second, ... of these layers reads, over and over: the words of a
-    prompt, its images, or all (GR00T).
+    pass first, once for all layers: an MLP, or a layer norm. ``turns``: what of them the first, second, ... of these layers reads, over
+    and over: the words of a prompt, its images, or all (GR00T).
     """
 
     first: NonNegativeInt = 1
     every: PositiveInt = 2
     reads: Literal["keys", "hidden"] = "keys"
     place: Literal["instead", "after"] = "instead"
-    adapter: Literal["none", "mlp"] = "none"
+    adapter: Literal["none", "mlp", "norm"] = "none"
     turns: tuple[Turn, ...] = ("all",)
 
     @model_validator(mode="after")

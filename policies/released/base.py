@@ -107,7 +107,7 @@ def load_tokenizer(name: str | None, named_by: Path | str, given: Path | None) -
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(given or name, local_files_only=True)
+        return AutoTokenizer.from_pretrained(given or name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if given is not None:
             raise UserError(f"--tokenizer {given} holds no tokenizer ({str(error).splitlines()[0]}); give a folder with one") from None

@@ -139,13 +139,16 @@ def _rows(values: np.ndarray) -> tuple[float, ...] | tuple[tuple[float, ...], ..
     return tuple(values[0].tolist()) if (values == values[0]).all() else tuple(tuple(row) for row in values.tolist())
 
 
-def read_resize(source: Path, processor: Processor) -> Resize:
-    """Pictures are scaled by area, cut and scaled again. Those that are not square the release padded to squares whatever the folder says,
-    later versions only where it says so, so without that word they are refused."""
+def read_resize(source: Path, processor: Processor, multiple: int | None = None) -> Resize:
+    """Pictures are scaled by area, cut and scaled again, and where a ``multiple`` of pixels is wanted once more. Those that are not square
+    N1.7's release padded to squares whatever the folder says, later versions only where it says so; N1.6 leaves them as wide as they
+    are. So without that word they are refused."""
     target, cut = processor.image_target_size, processor.image_crop_size
     side = processor.shortest_image_edge or (target[0] if target and target[0] == target[1] else None)
     crop = processor.crop_fraction or (cut[0] / target[0] if cut and target else None)
     if side is None or crop is None:
-        way_out = "give a folder that Isaac-GR00T N1.7 saved"
+        way_out = "give a folder that Isaac-GR00T N1.6 or N1.7 saved"
         raise UserError(f"{source / 'processor_config.json'} does not tell the one size of its pictures and what is cut off; {way_out}")
-    return Resize(height=side, width=side, shape="padded" if processor.letter_box_transform else "square", filter="area", crop=crop)
+    shape: Literal["padded", "square"] = "padded" if processor.letter_box_transform else "square"
+    last = side if multiple is None else multiple * max(2, min(64, round(side / multiple)))
+    return Resize(height=last, width=last, shape=shape, filter="area", crop=crop, first=None if last == side else (side, side))

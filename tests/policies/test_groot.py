@@ -1,8 +1,9 @@
-"""A GR00T N1.7 folder, converted for a robot, acts as NVIDIA's own code does: its processor and its network (``golden/groot.json``)."""
+"""A GR00T folder, converted for a robot, acts as NVIDIA's own code does: processor and network of N1.6, N1.7 (``golden/groot*.json``)."""
 
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,48 +19,82 @@ from triune.config import parse
 from triune.data import Observation
 from triune.policies import Request, TriunePolicy, load_policy, read_checkpoint, verify
 from triune.policies.convert import convert, fitted
-from triune.policies.released.groot import ARCHITECTURES, Network, _spec
+from triune.policies.released.groot import LINES, _spec
 from triune.vla import Spec, load_spec
 from triune.vla.model import sketch
 from triune.vla.weights.groot import groot_weights
 from triune.vla.weights.released import Shapes
 
-from .golden.make_groot import CAMERAS, CHAT, FILE, KINDS, NUMBERS, SIDE, VLM, blocks, case, dit, draw, statistics, tokenizer
+from .golden import make_groot, make_groot16
+from .golden.make_groot import CAMERAS, NUMBERS, SIDE, blocks, case, dit, draw, statistics, tokenizer
 
-GOLDEN = json.loads(FILE.read_text())
+
+@dataclass(frozen=True)
+class Made:
+    """What NVIDIA's code answered: the file, its robots, and of the VLM the name, our tiny architecture, the tokenizer's marks and chat."""
+
+    golden: dict[str, Any]
+    kinds: dict[str, dict[str, Any]]
+    vlm: str
+    tiny: str
+    special: dict[str, int]
+    chat: str | None
+
+
+MADE = {
+    "Gr00tN1d7": Made(
+        json.loads(make_groot.FILE.read_text()), make_groot.KINDS, make_groot.VLM, "qwen3_vl_tiny", make_groot.SPECIAL, make_groot.CHAT
+    ),
+    "Gr00tN1d6": Made(
+        json.loads(make_groot16.FILE.read_text()), make_groot16.KINDS, make_groot16.VLM, "siglip2_qwen3_tiny", make_groot16.SPECIAL, None
+    ),
+}
+"""``model_type`` -> what was made by its code."""
+Robot = tuple[str, str]
+SEVEN, SIX = "Gr00tN1d7", "Gr00tN1d6"
+ROBOTS: list[Robot] = [(line, tag) for line, made in MADE.items() for tag in made.kinds]
+QUANTILES = ("libero_sim", "libero_panda")
+"""Robots whose actions are all absolute."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _architecture() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, VLM, "qwen3_vl_tiny")
+        for line, made in MADE.items():
+            patch.setitem(LINES, line, replace(LINES[line], vlms={made.vlm: made.tiny}))
         yield
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The VLM's tokenizer and chat template."""
+def words(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tokenizer of a line's VLM, with its chat template."""
     from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tokenizer")
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHAT)
-    made.save_pretrained(folder)
-    return folder
+    def make(line: str) -> Path:
+        folder, made = tmp_path_factory.mktemp("tokenizer"), MADE[line]
+        marks = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+        found = PreTrainedTokenizerFast(tokenizer_object=tokenizer(made.special), chat_template=made.chat, **marks)
+        found.save_pretrained(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Robot], Path]:
     """The folder of a policy as its ``save_pretrained`` wrote it, for each robot; weights in one file, or in two."""
-    made: dict[str, Path] = {}
+    found: dict[Robot, Path] = {}
 
-    def make(tag: str) -> Path:
-        if tag not in made:
-            made[tag] = folder = tmp_path_factory.mktemp(tag) / "policy"
+    def make(robot: Robot) -> Path:
+        if robot not in found:
+            (line, tag), golden = robot, MADE[robot[0]].golden
+            found[robot] = folder = tmp_path_factory.mktemp(tag) / "policy"
             folder.mkdir()
-            for name, tree in ({"config": GOLDEN["config"], "statistics": {tag: statistics(tag)}} | GOLDEN["kinds"][tag]["files"]).items():
+            told = {"config": golden["config"], "statistics": {tag: statistics(MADE[line].kinds[tag])}} | golden["kinds"][tag]["files"]
+            for name, tree in told.items():
                 (folder / f"{name}.json").write_text(json.dumps(tree))
-            tensors = {name: torch.from_numpy(x) for name, x in draw(GOLDEN["tensors"]).items()}
-            if tag == "libero_sim":
+            tensors = {name: torch.from_numpy(x) for name, x in draw(golden["tensors"]).items()}
+            if tag in QUANTILES:
                 save_file(tensors, folder / "model.safetensors")
                 (folder / "README.md").write_text("---\nlicense: other\n---\n")
             else:
@@ -68,52 +103,54 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                     save_file(part, folder / name)
                 index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
                 (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        return made[tag]
+        return found[robot]
 
     return make
 
 
 @pytest.fixture(scope="module")
-def converted(folders: Any, words: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    done: dict[str, Path] = {}
+def converted(folders: Any, words: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Robot], Path]:
+    done: dict[Robot, Path] = {}
 
-    def get(tag: str) -> Path:
-        if tag not in done:
-            done[tag] = tmp_path_factory.mktemp("converted") / tag
-            cli.convert(folders(tag), done[tag], embodiment=tag, tokenizer=words, json=False)
-        return done[tag]
+    def get(robot: Robot) -> Path:
+        if robot not in done:
+            done[robot] = tmp_path_factory.mktemp("converted") / robot[1]
+            cli.convert(folders(robot), done[robot], embodiment=robot[1], tokenizer=words(robot[0]), json=False)
+        return done[robot]
 
     return get
 
 
-def difference(policy: TriunePolicy, tag: str, monkeypatch: pytest.MonkeyPatch) -> float:
+def difference(policy: TriunePolicy, robot: Robot, monkeypatch: pytest.MonkeyPatch) -> float:
     """The largest difference of an action from theirs, as a part of its largest; all observations are answered in one call, though
     their texts are of unequal length."""
+    kind = MADE[robot[0]].kinds[robot[1]]
     noise, requests, theirs = {}, [], []
-    for name, actions in GOLDEN["kinds"][tag]["answers"].items():
-        text, state, images, noise[name] = case(tag, int(name))
+    for name, actions in MADE[robot[0]].golden["kinds"][robot[1]]["answers"].items():
+        text, state, images, noise[name] = case(kind, int(name))
         requests.append(Request(name, Observation(images, np.concatenate(list(state.values())), text)))
         policy.reset(name, seed=0)
         theirs.append(actions)
     monkeypatch.setattr(policy, "_noise", lambda request: {"action": noise[request.session]})
     ours = np.stack([plan.chunk.actions for plan in policy.plan(requests)])
-    assert ours.shape == np.shape(theirs) == (len(theirs), KINDS[tag]["chunk"], sum(KINDS[tag]["action"].values()))
+    assert ours.shape == np.shape(theirs) == (len(theirs), kind["chunk"], sum(kind["action"].values()))
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("tag", KINDS)
-def test_a_converted_policy_acts_as_nvidias(tag: str, converted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_a_converted_policy_acts_as_nvidias(robot: Robot, converted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures that are scaled, cut and scaled, words by a chat, states beyond their range, relative actions with a row for each step."""
-    assert difference(load_policy(converted(tag)), tag, monkeypatch) < 1e-5
+    assert difference(load_policy(converted(robot)), robot, monkeypatch) < 1e-5
 
 
 def test_few_actions_lie_at_the_end_of_their_range() -> None:
     """Otherwise clipping would hide what differs."""
-    for tag, kind in GOLDEN["kinds"].items():
-        low, high = (np.array([x for key in KINDS[tag]["action"] for x in statistics(tag)["action"][key][end]]) for end in ("q01", "q99"))
-        if tag == "libero_sim":
-            inside = [(np.array(a) > low + 1e-4) & (np.array(a) < high - 1e-4) for a in kind["answers"].values()]
-            assert np.mean(inside) > 0.5
+    for line, tag in ROBOTS:
+        if tag in QUANTILES:
+            kind = MADE[line].kinds[tag]
+            low, high = (np.array([x for key in kind["action"] for x in statistics(kind)["action"][key][end]]) for end in ("q01", "q99"))
+            answers = MADE[line].golden["kinds"][tag]["answers"].values()
+            assert np.mean([(np.array(a) > low + 1e-4) & (np.array(a) < high - 1e-4) for a in answers]) > 0.5
 
 
 def change(policy: TriunePolicy, part: str, **changes: Any) -> None:
@@ -127,67 +164,100 @@ def respec(policy: TriunePolicy, **changes: Any) -> None:
     act.config = act.config.model_copy(update=changes)
 
 
-PARTS: dict[str, tuple[str, Callable[[TriunePolicy], Any]]] = {
-    "capitals": ("libero_sim", lambda p: change(p, "words", lower=False)),
-    "punctuation": ("libero_sim", lambda p: change(p, "words", edits=())),
-    "chat": ("libero_sim", lambda p: setattr(p, "contract", p.contract.model_copy(update={"prompt": f"{p.contract.prompt} "}))),
-    "crop": ("libero_sim", lambda p: change(p, "resize", crop=0.99)),
-    "filter": ("libero_sim", lambda p: change(p, "resize", filter="pillow")),
-    "clip": ("libero_sim", lambda p: setattr(p, "state", p.state.model_copy(update={"clip": False}))),
-    "relative": ("new_embodiment", lambda p: setattr(p, "settings", p.settings.model_copy(update={"relative": None}))),
-    "poses": ("oxe_droid_relative_eef_relative_joint", lambda p: setattr(p, "settings", p.settings.model_copy(update={"poses": ()}))),
-    "steps": ("new_embodiment", lambda p: setattr(p, "action", p.action.model_copy(update={"shift": p.action.shift[0]}))),
-    "last layer": ("libero_sim", lambda p: setattr(p.model.mot.experts["vlm"], "normed", True)),
-    "turns": ("libero_sim", lambda p: respec(p, cross=p.model.mot.experts["act"].config.cross.model_copy(update={"turns": ("all",)}))),
-    "places": ("libero_sim", lambda p: p.model.places["action"].data.zero_()),
-    "time": ("libero_sim", lambda p: setattr(p.model.actions["action"], "features", p.model.spec.experts["act"].time_features)),
+def prompt(policy: TriunePolicy, text: str) -> None:
+    policy.contract = policy.contract.model_copy(update={"prompt": text})
+
+
+def shuffle(policy: TriunePolicy) -> None:
+    weight = policy.model.mot.experts["vlm"].model.model.multi_modal_projector.linear_1.weight
+    weight.copy_(weight.unflatten(1, (-1, 4)).mT.flatten(1))
+
+
+def cross(policy: TriunePolicy, **changes: Any) -> None:
+    respec(policy, cross=policy.model.mot.experts["act"].config.cross.model_copy(update=changes))
+
+
+def rejoin(policy: TriunePolicy) -> None:
+    policy.model.actions["action"].features = policy.model.spec.streams["action"].joins.model_copy(update={"base": 5000.0})
+
+
+LIBERO, NEW, POSES = (SEVEN, "libero_sim"), (SEVEN, "new_embodiment"), (SEVEN, "oxe_droid_relative_eef_relative_joint")
+LIBERO16 = (SIX, "libero_panda")
+PARTS: dict[str, tuple[Robot, Callable[[TriunePolicy], Any]]] = {
+    "capitals": (LIBERO, lambda p: change(p, "words", lower=False)),
+    "punctuation": (LIBERO, lambda p: change(p, "words", edits=())),
+    "chat": (LIBERO, lambda p: prompt(p, f"{p.contract.prompt} ")),
+    "crop": (LIBERO, lambda p: change(p, "resize", crop=0.99)),
+    "filter": (LIBERO, lambda p: change(p, "resize", filter="pillow")),
+    "clip": (LIBERO, lambda p: setattr(p, "state", p.state.model_copy(update={"clip": False}))),
+    "relative": (NEW, lambda p: setattr(p, "settings", p.settings.model_copy(update={"relative": None}))),
+    "poses": (POSES, lambda p: setattr(p, "settings", p.settings.model_copy(update={"poses": ()}))),
+    "steps": (NEW, lambda p: setattr(p, "action", p.action.model_copy(update={"shift": p.action.shift[0]}))),
+    "last layer": (LIBERO, lambda p: setattr(p.model.mot.experts["vlm"], "normed", True)),
+    "turns": (LIBERO, lambda p: cross(p, turns=("all",))),
+    "places": (LIBERO, lambda p: p.model.places["action"].data.zero_()),
+    "time": (LIBERO, rejoin),
+    "Eagle's chat": (LIBERO16, lambda p: prompt(p, p.contract.prompt.replace("<image 2>", ""))),
+    "last scaling": (LIBERO16, lambda p: change(p, "resize", first=None)),
+    "final norm": (LIBERO16, lambda p: setattr(p.model.mot.experts["vlm"], "normed", False)),
+    "layer norm": (LIBERO16, lambda p: setattr(p.model.mot.experts["act"], "adapter", torch.nn.Identity())),
+    "turns without refining": (LIBERO16, lambda p: cross(p, turns=("all",))),
+    "patches": (LIBERO16, shuffle),
 }
 
 
 @pytest.mark.parametrize("what", PARTS)
 def test_each_part_matters(what: str, converted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tag, spoil = PARTS[what]
-    policy = load_policy(converted(tag))
+    robot, spoil = PARTS[what]
+    policy = load_policy(converted(robot))
     with torch.no_grad():
-        if what == "time":
-            policy.model.actions["action"].features = policy.model.spec.streams["action"].joins.model_copy(update={"base": 5000.0})
-        else:
-            spoil(policy)
-        assert difference(policy, tag, monkeypatch) > 1e-4
+        spoil(policy)
+        assert difference(policy, robot, monkeypatch) > 1e-4
 
 
-@pytest.mark.parametrize("tag", KINDS)
-def test_the_checkpoint_says_what_is_known(tag: str, converted: Any) -> None:
-    found = read_checkpoint(converted(tag))
-    assert all(row.passed for row in verify(found, load_policy(converted(tag))))
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_the_checkpoint_says_what_is_known(robot: Robot, converted: Any) -> None:
+    (line, tag), found = robot, read_checkpoint(converted(robot))
+    assert all(row.passed for row in verify(found, load_policy(converted(robot))))
     contract = found.contract
-    assert contract.camera_names == CAMERAS and (contract.chunk, contract.rate) == (KINDS[tag]["chunk"], None)
-    licence = {"licence": "other"} if tag == "libero_sim" else {}
-    assert found.info.source == {"format": "Isaac-GR00T", "type": "N1.7", "embodiment": tag, **licence}
-    if tag == "libero_sim":
+    assert contract.camera_names == CAMERAS and (contract.chunk, contract.rate) == (MADE[line].kinds[tag]["chunk"], None)
+    licence = {"licence": "other"} if tag in QUANTILES else {}
+    assert found.info.source == {"format": "Isaac-GR00T", "type": LINES[line].name, "embodiment": tag, **licence}
+    if tag in QUANTILES:
         assert contract.state.names == ("x", "rotation_0", "rotation_1", "rotation_2", "gripper")
         assert (contract.action.mode, contract.action.normalisation) == (None, "quantile")
     elif tag == "new_embodiment":
         assert (contract.action.mode, contract.action.names) == ("absolute", ("arm_0", "arm_1", "arm_2", "grip"))
         with pytest.raises(UserError, match="the policy takes squares"):
-            load_policy(converted(tag)).inputs([Observation({n: np.zeros((9, 8, 3), np.uint8) for n in CAMERAS}, np.zeros(5), "go")])
+            load_policy(converted(robot)).inputs([Observation({n: np.zeros((9, 8, 3), np.uint8) for n in CAMERAS}, np.zeros(5), "go")])
 
 
-def test_published_sizes_are_those_of_our_spec(tmp_path: Path) -> None:
+RELEASED: dict[str, tuple[str, int, int, dict[str, Any]]] = {
+    # as many tensors as NVIDIA/GR00T-N1.7-3B has (FlashRT, flash_rt/frontends/torch/_groot_n17_thor_spec.py)
+    SEVEN: ("groot_n17", 1031, 2, {"diffusion_model_cfg": dit(32, 48, 32, 1024), "vl_self_attention_cfg": blocks(32, 64, 4)}),
+    # 50 steps of 128 numbers as nvidia/GR00T-N1.6-3B gives (FlashRT, docs/benchmark_comparison.md)
+    SIX: ("groot_n16", 1106, 2, {"max_state_dim": 128, "max_action_dim": 128, "action_horizon": 50}),
+}
+"""``model_type`` -> our spec, how many tensors there are, a robot, what ``config.json`` says."""
+
+
+@pytest.mark.parametrize("line", RELEASED)
+def test_published_sizes_are_those_of_our_spec(line: str, tmp_path: Path) -> None:
     """NVIDIA's own network at the released size, without memory: every name and shape has its place, and the spec is the one in configs."""
-    shapes: dict[str, list[int]] = {name: shape for name, (_, shape) in GOLDEN["full"].items() if "*" not in name}
-    for name, (count, shape) in GOLDEN["full"].items():
-        numbers = (name.replace("*", str(i)) for i in range(100))
-        shapes |= dict.fromkeys([n for n in numbers if n not in shapes][:count], shape) if "*" in name else {}
-    assert len(shapes) == 1031  # as many as NVIDIA/GR00T-N1.7-3B has (FlashRT, flash_rt/frontends/torch/_groot_n17_thor_spec.py)
-    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    network = parse(Network, {"diffusion_model_cfg": dit(32, 48, 32, 1024), "vl_self_attention_cfg": blocks(32, 64, 4)}, "config")
-    spec = load_spec("groot_n17")
-    found = _spec(network, Shapes({n: tuple(s) for n, s in shapes.items()}, tmp_path), spec.streams["obs"].length, spec.cameras)
-    same = {"experts": spec.experts}
-    assert found.experts["act"] == spec.experts["act"] and found.experts["vl"] == spec.experts["vl"]
-    assert found.model_copy(update=same) == spec
-    release = SimpleNamespace(weights=groot_weights(tensors, 2, 40), spec=spec, file=tmp_path, way_out="")
+    name, tensors, robot, config = RELEASED[line]
+    full = MADE[line].golden["full"]
+    shapes: dict[str, list[int]] = {name: shape for name, (_, shape) in full.items() if "*" not in name}
+    for pattern, (count, shape) in full.items():
+        numbers = (pattern.replace("*", str(i)) for i in range(100))
+        shapes |= dict.fromkeys([n for n in numbers if n not in shapes][:count], shape) if "*" in pattern else {}
+    assert len(shapes) == tensors
+    network, spec = parse(LINES[line].network, config, "config"), load_spec(name)
+    told = Shapes({n: tuple(s) for n, s in shapes.items()}, tmp_path)
+    found = _spec(LINES[line], network, told, spec.streams["obs"].length, spec.cameras)
+    assert {n: e for n, e in found.experts.items() if n != "vlm"} == {n: e for n, e in spec.experts.items() if n != "vlm"}
+    assert found.model_copy(update={"experts": spec.experts}) == spec
+    weights = groot_weights({n: torch.empty(s, device="meta") for n, s in shapes.items()}, robot, network.action_horizon)
+    release = SimpleNamespace(weights=weights, spec=spec, file=tmp_path, way_out="")
     fitted(cast(Any, release), sketch(cast(Spec, spec)), "mot.experts.vlm.model.")
 
 
@@ -220,7 +290,7 @@ def config(**changes: Any) -> Callable[[Path], None]:
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "N1.6": (config(model_type="Gr00tN1d6"), "of GR00T only N1.7 can be converted, not N1.5 and N1.6, since their VLM"),
+    "N1.5": (config(model_type="gr00t_n1_5"), "holds a 'gr00t_n1_5'; of GR00T only N1.6 and N1.7 can be converted, not N1.5, whose transf"),
     "no processor": (lambda f: (f / "processor_config.json").unlink(), "processor_config.json cannot be read"),
     "no statistics": (edit("statistics", lambda t: t.clear()), "choose one by --embodiment TAG: none has statistics"),
     "no relative statistics": (
@@ -249,19 +319,24 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("why", BAD)
-def test_what_cannot_be_converted_is_one_sentence(why: str, folders: Any, words: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_converted_is_one_sentence(why: str, folders: Any, words: Any, tmp_path: Path) -> None:
     spoil, message = BAD[why]
-    source = Path(shutil.copytree(folders("new_embodiment"), tmp_path / "policy"))
+    source = Path(shutil.copytree(folders(NEW), tmp_path / "policy"))
     spoil(source)
     with pytest.raises(UserError, match=message):
-        convert(source, tmp_path / "out", words, embodiment="new_embodiment")
+        convert(source, tmp_path / "out", words(SEVEN), embodiment="new_embodiment")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy"]
 
 
-def test_options_are_for_their_own_folders(folders: Any, words: Path, tmp_path: Path) -> None:
-    source = folders("new_embodiment")
+def test_the_tokenizer_must_be_eagles(folders: Any, words: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no <IMG_CONTEXT>; give Eagle's own folder"):
+        convert(folders(LIBERO16), tmp_path / "out", words(SEVEN), embodiment="libero_panda")
+
+
+def test_options_are_for_their_own_folders(folders: Any, words: Any, tmp_path: Path) -> None:
+    source = folders(NEW)
     with pytest.raises(UserError, match="choose one by --embodiment TAG: new_embodiment"):
-        convert(source, tmp_path / "out", words)
+        convert(source, tmp_path / "out", words(SEVEN))
     with pytest.raises(UserError, match="is of GR00T and not of openpi"):
-        convert(source, tmp_path / "out", words, changes=["chunk=3"], embodiment="new_embodiment")
+        convert(source, tmp_path / "out", words(SEVEN), changes=["chunk=3"], embodiment="new_embodiment")
     assert NUMBERS and SIDE

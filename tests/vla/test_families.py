@@ -57,6 +57,10 @@ def _config(family: str) -> Any:
             return hf.Cohere2VisionConfig(
                 text_config=text, vision_config=vision, downsample_factor=2, alignment_intermediate_size=32, image_token_id=IMAGE
             )
+        case "lfm2_vl":  # the parts of GR00T N1.6: SigLIP 2 and Qwen3
+            vision = hf.Siglip2VisionConfig(**TOWER, num_patches=9, patch_size=8, vision_use_head=False)
+            text = hf.Qwen3Config(**TEXT)
+            return hf.Lfm2VlConfig(text_config=text, vision_config=vision, projector_hidden_size=32, image_token_id=IMAGE)
         case "internvl":
             vision = hf.InternVLVisionConfig(**TOWER, image_size=[32, 32], patch_size=[8, 8])
             return hf.InternVLConfig(text_config=hf.Qwen3Config(**TEXT), vision_config=vision, image_token_id=IMAGE)
@@ -68,7 +72,7 @@ def _config(family: str) -> Any:
             return hf.Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, **qwen)
 
 
-@pytest.fixture(scope="module", params=["idefics3", "paligemma", "cohere2_vision", "internvl", "qwen3_vl", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["idefics3", "paligemma", "cohere2_vision", "lfm2_vl", "internvl", "qwen3_vl", "qwen2_5_vl"])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A family and a folder with a tiny random model of it."""
     from transformers import AutoModelForImageTextToText

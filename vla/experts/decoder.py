@@ -145,6 +145,8 @@ class Decoder(Expert):
                 nn.Linear(source, config.width), nn.GELU(approximate="tanh"), nn.Linear(config.width, config.width)
             )
             source = config.width
+        elif source is not None and config.cross is not None and config.cross.adapter == "norm":
+            self.adapter = nn.LayerNorm(source, eps=config.norm_eps)
         self.layers = nn.ModuleList(DecoderLayer(config, space, layer, source) for layer in range(config.depth))
         last = config.model_copy(update={"norm_eps": config.final_eps or config.norm_eps})
         self.final_norm = _norm(last, slice(6, 7)) if config.final_norm else None

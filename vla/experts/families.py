@@ -136,6 +136,20 @@ def _internvl_images(model: Any, pixels: Tensor) -> Seen:
     return Seen(features.pooler_output)
 
 
+def _naflex_inputs(model: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """SigLIP 2's arguments: patches (N, T, p * p * 3) row by row, the rows and columns of each picture, and that all of them are there."""
+    side = model.config.vision_config.patch_size
+    cells = pixels.unfold(2, side, side).unfold(3, side, side)  # (N, 3, y, x, p, p)
+    shape = torch.tensor([cells.shape[2:4]], device=pixels.device).expand(len(pixels), -1)
+    patches = cells.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    there = torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device)
+    return {"pixel_values": patches, "spatial_shapes": shape, "pixel_attention_mask": there}
+
+
+def _naflex_images(model: Any, pixels: Tensor) -> Seen:
+    return Seen(torch.stack(model.model.get_image_features(**_naflex_inputs(model, pixels), return_dict=True).pooler_output))
+
+
 def _qwen_inputs(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     vision = model.config.vision_config
     side = vision.patch_size
@@ -156,6 +170,10 @@ def _views(model: Any, ids: Tensor, pixels: Tensor) -> dict[str, Tensor]:
 
 def _flat_views(model: Any, ids: Tensor, pixels: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": pixels.flatten(0, 1)}
+
+
+def _naflex_views(model: Any, ids: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+    return _naflex_inputs(model, pixels.flatten(0, 1))
 
 
 def _prefix_views(model: Any, ids: Tensor, pixels: Tensor) -> dict[str, Tensor]:
@@ -197,6 +215,15 @@ _COHERE = Family(
     phase=_plain_phase,
     narrows=True,
 )
+_LFM2_VL = Family(  # whatever text model its configuration names, of attention layers alone
+    text=lambda model: model.model.language_model,
+    images=_naflex_images,
+    grid=_grid(lambda c: c.vision_config.patch_size * c.downsample_factor),
+    alone=_naflex_views,
+    phase=_plain_phase,
+    narrows=True,
+    waits=True,
+)
 _INTERNVL = Family(
     text=lambda model: model.model.language_model,
     images=_internvl_images,
@@ -235,6 +262,7 @@ FAMILIES: Mapping[str, Family] = {
     "idefics3": _SMOLVLM,
     "paligemma": _PALIGEMMA,
     "cohere2_vision": _COHERE,
+    "lfm2_vl": _LFM2_VL,
     "internvl": _INTERNVL,
     "qwen3_vl": _QWEN3_VL,
     "qwen2_5_vl": _QWEN2_5_VL,

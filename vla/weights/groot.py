@@ -1,8 +1,9 @@
-"""State dicts of NVIDIA's Isaac GR00T N1.7 in our names (``gr00t/model/gr00t_n1d7/gr00t_n1d7.py``, ``modules/dit.py``).
+"""State dicts of NVIDIA's Isaac GR00T N1.6 and N1.7 in our names (``gr00t/model/gr00t_n1d7/gr00t_n1d7.py``, ``gr00t_n1d6/gr00t_n1d6.py``,
+``modules/dit.py``, ``modules/nvidia/Eagle-Block2A-2B-v2/modeling_eagle3_vl.py``).
 
 What differs beside names: 32 robots share one network and have an encoder and a decoder each, of which one robot's are kept;
 theirs multiply from the right; two linear layers in a row become one; cosines come before sines in their time features, and shift
-before scale in their last norm.
+before scale in their last norm. N1.6's image tokens have the channels of their four patches in another order.
 """
 
 import re
@@ -34,11 +35,24 @@ ROBOT = {
     "action_decoder.layer2": "actions.action.out.2",
 }
 TIME = {"linear_1": "mot.experts.act.time.mlp.0", "linear_2": "mot.experts.act.time.mlp.2"}
-BACKBONE = "backbone.model."
+VLMS = {
+    "backbone.model.vision_model.": "model.vision_tower.",
+    "backbone.model.language_model.model.": "model.language_model.",
+    "backbone.model.language_model.lm_head.": "lm_head.",
+    "backbone.model.mlp1.0.": "model.multi_modal_projector.layer_norm.",
+    "backbone.model.mlp1.1.": "model.multi_modal_projector.linear_1.",
+    "backbone.model.mlp1.3.": "model.multi_modal_projector.linear_2.",
+    "backbone.model.": "",
+}
+"""Beginnings of a VLM's names -> those of its transformers modules: Eagle's of N1.6, then Qwen3-VL's, which are kept."""
+PATCHES = re.compile(r"backbone\.model\.mlp1\.(0\.(weight|bias)|1\.weight)")
+"""Tensors whose last axis has the channels of four patches."""
+UNUSED = re.compile(r"action_head\.mask_token|backbone\.model\.vision_model\.vision_model\.head\..+")
+"""What an answer does not need: the place holder of dropped states, SigLIP's pooling."""
 
 
 def groot_weights(state: Mapping[str, Tensor], robot: int, chunk: int) -> dict[str, Tensor]:
-    """The state dict of ``Gr00tN1d7`` as that of ``Model`` for the spec ``groot_n17``.
+    """The state dict of ``Gr00tN1d7`` or ``Gr00tN1d6`` as that of ``Model`` for the spec ``groot_n17`` or ``groot_n16``.
 
     Args:
         robot: index of the encoders and decoder that are kept; chunk: places of actions.
@@ -47,11 +61,15 @@ def groot_weights(state: Mapping[str, Tensor], robot: int, chunk: int) -> dict[s
         KeyError: a key that the network does not have, or lacks.
     """
     out: dict[str, Tensor] = {}
+    refined = any(name.startswith("action_head.vl_self_attention.") for name in state)
     for name, tensor in state.items():
+        if UNUSED.fullmatch(name):
+            continue
         head, kind = name.removeprefix("action_head."), name.rpartition(".")[2]
         module = head.rpartition(".")[0]
-        if name.startswith(BACKBONE):
-            out[f"mot.experts.vlm.model.{name.removeprefix(BACKBONE)}"] = tensor
+        if (prefix := next((p for p in VLMS if name.startswith(p)), None)) is not None:
+            grouped = tensor.unflatten(-1, (-1, 4)).mT.flatten(-2) if PATCHES.fullmatch(name) else tensor
+            out[f"mot.experts.vlm.model.{VLMS[prefix]}{name.removeprefix(prefix)}"] = grouped
         elif (block := BLOCK.fullmatch(name)) is not None:
             layer, part = f"mot.experts.{STACKS[block[1]]}.layers.{block[2]}.", block[3]
             crosses = block[1] == "model" and int(block[2]) % 2 == 0 and part in ("attn1.to_q", "attn1.to_k", "attn1.to_v")
@@ -64,7 +82,7 @@ def groot_weights(state: Mapping[str, Tensor], robot: int, chunk: int) -> dict[s
         elif module == "model.proj_out_1":
             out[f"mot.experts.act.final_norm.modulation.{kind}"] = torch.cat(tensor.chunk(2)[::-1])
         elif module == "vlln":
-            out[f"adapters.seen.0.{kind}"] = tensor
+            out[f"{'adapters.seen.0' if refined else 'mot.experts.act.adapter'}.{kind}"] = tensor
         elif module == "position_embedding":
             out["places.action"] = tensor[:chunk]
         elif module != "model.proj_out_2":

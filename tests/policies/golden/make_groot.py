@@ -85,19 +85,19 @@ def draw(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
     return out
 
 
-def case(tag: str, number: int) -> tuple[str, dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
-    """Instruction, state by key, pictures (H, W, 3) and noise (T, A) of a case; a number of the state is far beyond its range."""
+def case(kind: dict[str, Any], number: int) -> tuple[str, dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
+    """Instruction, state by key, pictures (H, W, 3) and noise (T, A) of a robot's case; a number of the state is far beyond its range."""
     rng = np.random.default_rng([SEED, 1000, number])
     text, sizes = CASES[number]
     images = {name: rng.integers(0, 256, (*size, 3), np.uint8) for name, size in zip(CAMERAS, sizes, strict=True)}
-    state = {key: rng.uniform(-1, 1, size).astype(np.float32) for key, size in KINDS[tag]["state"].items()}
+    state = {key: rng.uniform(-1, 1, size).astype(np.float32) for key, size in kind["state"].items()}
     next(iter(state.values()))[0] = 9.0
     return text, state, images, (0.4 * rng.standard_normal((HORIZON, NUMBERS))).astype(np.float32)
 
 
-def statistics(tag: str) -> dict[str, Any]:
+def statistics(kind: dict[str, Any]) -> dict[str, Any]:
     """Of a robot; the last number of its first state does not vary, nor does the last of its actions."""
-    rng, kind = np.random.default_rng([SEED, 2000]), KINDS[tag]
+    rng = np.random.default_rng([SEED, 2000])
 
     def rows(*shape: int) -> dict[str, Any]:
         mean, std = rng.uniform(-1, 1, shape), rng.uniform(0.1, 1, shape)
@@ -112,15 +112,15 @@ def statistics(tag: str) -> dict[str, Any]:
     return {part: {k: {n: r.tolist() for n, r in v.items()} for k, v in groups.items()} for part, groups in found.items() if groups}
 
 
-def tokenizer() -> Any:
-    """One token a byte, and Qwen's marks."""
+def tokenizer(special: dict[str, int] = SPECIAL) -> Any:
+    """One token a byte, and ``special`` marks: Qwen's."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    free = {f"<unused{i}>": i for i in range(len(letters), 512) if i not in SPECIAL.values()}
-    made = Tokenizer(models.BPE(vocab=letters | SPECIAL | free, merges=[]))
+    free = {f"<unused{i}>": i for i in range(len(letters), 512) if i not in special.values()}
+    made = Tokenizer(models.BPE(vocab=letters | special | free, merges=[]))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
+    made.add_special_tokens([AddedToken(name, special=True) for name in special])
     return made
 
 
@@ -212,7 +212,7 @@ def processor(tag: str) -> Any:
         "language": ModalityConfig(delta_indices=[0], modality_keys=["annotation.human.task_description"]),
     }
     sizes = {"max_state_dim": NUMBERS, "max_action_dim": NUMBERS, "max_action_horizon": HORIZON, "image_target_size": [SIDE, SIDE]}
-    more = {"statistics": {tag: statistics(tag)}, "model_name": VLM, "use_albumentations": True, "formalize_language": True}
+    more = {"statistics": {tag: statistics(kind)}, "model_name": VLM, "use_albumentations": True, "formalize_language": True}
     made = Gr00tN1d7Processor({tag: parts}, **sizes, **more, **kind["processor"])
     made.eval()
     return made
@@ -224,7 +224,7 @@ def answer(tag: str, network: Any, process: Any, number: int) -> list[list[float
     from gr00t.data.embodiment_tags import EmbodimentTag
     from gr00t.data.types import VLAStepData
 
-    text, state, images, noise = case(tag, number)
+    text, state, images, noise = case(KINDS[tag], number)
     states, robot = {key: row[None] for key, row in state.items()}, EmbodimentTag(tag)
     step = VLAStepData(images={n: [i] for n, i in images.items()}, states=states, actions={}, text=text, embodiment=robot)
     inputs = process.collator([process([{"content": step}])])["inputs"]
