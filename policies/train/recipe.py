@@ -24,6 +24,18 @@ def run(name: str, overrides: list[str], out: Path, resume: bool) -> Path:
     Raises:
         UserError: the recipe does not exist or has a wrong key, or ``out`` and ``resume`` do not go together.
     """
+    module, recipe = read(name, overrides)
+    if is_main():
+        _claim(recipe, out, resume)
+    return train(module.build(recipe, out), recipe.train, out, resume)
+
+
+def read(name: str, overrides: list[str]) -> tuple[Any, Any]:
+    """The module of a recipe's kind, and the recipe.
+
+    Raises:
+        UserError: the recipe does not exist or has a wrong key.
+    """
     path = find(name, "train")
     tree = load_tree(path, overrides)
     kind = tree.get("kind")
@@ -32,10 +44,7 @@ def run(name: str, overrides: list[str], out: Path, resume: bool) -> Path:
         said = f"its kind '{kind}' is unknown" if kind is not None else "'kind' is required"
         raise UserError(f"{path}: {said}{f'; did you mean {match[0]!r}?' if match else ''} (valid: {', '.join(KINDS)})")
     module: Any = import_module(KINDS[kind], __package__)
-    recipe = parse(module.Recipe, tree, path)
-    if is_main():
-        _claim(recipe, out, resume)
-    return train(module.build(recipe, out), recipe.train, out, resume)
+    return module, parse(module.Recipe, tree, path)
 
 
 def _claim(recipe: Any, out: Path, resume: bool) -> None:
