@@ -181,7 +181,6 @@ def _forward_and_backward(task: Any, batch: Any, low: torch.dtype, counted: Flop
         with counted, held:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low == torch.bfloat16):
                 loss = task.losses(batch)["loss"]
-            held.collecting = True
             torch.autograd.backward(loss)
     finally:
         gc.unfreeze()

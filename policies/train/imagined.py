@@ -16,6 +16,9 @@ from torch.utils.hooks import RemovableHandle
 KNOWN = 1 << 16
 """Most numbers of a tensor whose values are computed although nothing else is."""
 
+SLACK = 1.02
+"""A peak counts when it is this much above the last."""
+
 _EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.empty_permuted.default)
 
 
@@ -48,14 +51,14 @@ class Held(TorchDispatchMode):
     """Counts the bytes of all tensors that are made inside and still held, once for each storage; works on real tensors, too.
 
     Attributes:
-        now, peak: bytes without gradients of parameters; grads: those; together: most bytes of both at one time.
-        collecting: whether Python's collector runs before a new peak counts: what only reference cycles hold is not needed.
+        now, peak: bytes without gradients of parameters; grads: those; together: most bytes of both at one time. A peak is the true one
+            or up to ``SLACK`` below it: Python's collector runs before a new one counts, since the modes that watch (torch's pytrees) hold
+            tensors in reference cycles, which a run without them does not.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.grads = self.together = 0
-        self.collecting = False
         self._live: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,9 +81,9 @@ class Held(TorchDispatchMode):
         self._live[key] = size
         self.now += size
         weakref.finalize(storage, self._gone, key)
-        if self.collecting and self.now > 1.02 * self.peak:
+        if self.now > SLACK * self.peak or self.now + self.grads > SLACK * self.together:
             gc.collect()
-        self.peak, self.together = max(self.peak, self.now), max(self.together, self.now + self.grads)
+            self.peak, self.together = max(self.peak, self.now), max(self.together, self.now + self.grads)
 
     def _accumulated(self, parameter: Tensor) -> None:
         assert parameter.grad is not None

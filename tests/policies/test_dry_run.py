@@ -103,6 +103,7 @@ def test_time_comes_from_steps_or_from_a_peak(recipe_tree: dict, tmp_path: Path)
     assert CliRunner().invoke(app, ["train", str(path), "--dry-run", "--flops", "1e12"]).exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_published_size_needs_neither_weights_nor_memory(tmp_path: Path) -> None:
     cameras = tuple(Camera(name=n, height=224, width=224) for n in ("base", "left_wrist", "right_wrist"))
     contract = Contract(cameras=cameras, state=Vector(names=tuple("abc")), action=Vector(names=tuple("xyz")), rate=20.0, render="fast")
@@ -114,5 +115,5 @@ def test_a_published_size_needs_neither_weights_nor_memory(tmp_path: Path) -> No
     (tmp_path / "pi0.yaml").write_text(yaml.safe_dump(tree))
     report = dry.dry_run(str(tmp_path / "pi0.yaml"), [], processes=4, peak=989e12)
     assert report.parameters["total"] == (3_238_179_600, 3_238_179_600)
-    assert report.other is not None and report.other.activations < 0.9 * report.memory.activations
+    assert report.other is not None and report.other.activations < 0.6 * report.memory.activations
     assert report.memory.trained == pytest.approx(3_238_179_600, rel=1e-3)  # four bytes each, in four processes
