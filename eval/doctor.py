@@ -182,7 +182,7 @@ def examine(
 
 
 def _policy_recipe(name: str, overrides: Sequence[str], data: str | None, robot: str | None) -> Recipe:
-    recipe, _ = read_recipe(name, list(overrides))
+    _, recipe = read_recipe(name, list(overrides))
     if not isinstance(recipe, Recipe):
         raise UserError(f"{name} is a recipe of kind {recipe.kind}, which has no robot's data; give one of kind policy")
     given = {"data": data} if data is not None else {}

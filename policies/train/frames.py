@@ -116,11 +116,16 @@ def open_frames(
     demonstrations: Demonstrations, sampler: ChunkSampler | Mixture, spec: Spec, foreseen: tuple[str, ...], cache: Cache, workers: int
 ) -> InMemory | Streamed:
     """All frames in memory if they are of one dataset and fit, else a loader."""
-    if len(demonstrations.datasets) == 1:
-        dataset, cameras = demonstrations.datasets[0], dict.fromkeys((*spec.cameras, *foreseen))
-        if sum(dataset.frames(camera, [0]).nbytes for camera in cameras) * len(dataset) <= cache.images_gb * 1e9:
-            return InMemory(demonstrations, spec, foreseen)
+    if fits(demonstrations, spec, foreseen, cache):
+        return InMemory(demonstrations, spec, foreseen)
     return Streamed(sampler, spec, foreseen, cache, workers)
+
+
+def fits(demonstrations: Demonstrations, spec: Spec, foreseen: tuple[str, ...], cache: Cache) -> bool:
+    """Whether the frames are of one dataset and within the cache's limit."""
+    dataset, cameras = demonstrations.datasets[0], dict.fromkeys((*spec.cameras, *foreseen))
+    size = sum(dataset.frames(camera, [0]).nbytes for camera in cameras) * len(dataset)
+    return len(demonstrations.datasets) == 1 and size <= cache.images_gb * 1e9
 
 
 class Kept:

@@ -356,16 +356,15 @@ class PolicyTask:
     def _encode_prefixes(self) -> tuple[Kept, Tensor | None]:
         """Keys and values of the prompt stream at the frames that are drawn, (variants, frames, L, 2, G, T, H) in bf16; None if they
         change in training, or must not be kept."""
-        stream, space, recipe = self._prompt_stream, self.spec.space, self.recipe
+        stream, recipe = self._prompt_stream, self.recipe
         none = Kept(0, np.zeros(0, np.int64)), None
-        if not isinstance(self.frames, InMemory) or not isinstance(self.sampler, ChunkSampler) or self.said is None or self._learns(stream):
+        if not isinstance(self.frames, InMemory) or not isinstance(self.sampler, ChunkSampler):
             return none
         kept = Kept(len(self.frames), self.sampler.frames)
-        variants = 1 + (recipe.cache.variants if recipe.augment else 0)
-        depth, length = self.module.vlm(stream).depth, self.spec.streams[stream].length
-        shape = (variants, len(kept.frames), depth, 2, space.kv_heads, length, space.head_dim)
-        if 2 * np.prod(shape, dtype=np.float64) > recipe.cache.limit_gb * 1e9:
+        shape = self._prefix_shape(len(kept.frames))
+        if shape is None:
             return none
+        variants = shape[0]
         prefixes = torch.empty(shape, dtype=torch.bfloat16)
         self.module.eval()
         for variant in range(variants):
@@ -386,6 +385,20 @@ class PolicyTask:
     def _low(self) -> bool:
         return resolve_precision(self.recipe.train.precision, self.device) == torch.bfloat16
 
+    def _prefix_shape(self, frames: int) -> tuple[int, ...] | None:
+        """(variants, frames, L, 2, G, T, H) of the prefixes that are kept; None if they change in training, or are too large."""
+        stream, space, cache = self._prompt_stream, self.spec.space, self.recipe.cache
+        if self._tells_state() or self._learns(stream):
+            return None
+        variants = 1 + (cache.variants if self.recipe.augment else 0)
+        depth, length = self.module.vlm(stream).depth, self.spec.streams[stream].length
+        shape = (variants, frames, depth, 2, space.kv_heads, length, space.head_dim)
+        return None if 2 * np.prod(shape, dtype=np.float64) > cache.limit_gb * 1e9 else shape
+
+    def _tells_state(self) -> bool:
+        """Whether prompts tell the state."""
+        return self.settings.words is not None and bool(self.settings.words.state_bins)
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._low)
 
@@ -405,6 +418,13 @@ class PolicyTask:
 def build(recipe: Recipe, out: Path) -> PolicyTask:
     """The task of a recipe."""
     return PolicyTask(recipe, out)
+
+
+def sketch(recipe: Recipe) -> PolicyTask:
+    """The task without weights or data, for its shapes."""
+    from .sketched import SketchedTask
+
+    return SketchedTask(recipe)
 
 
 def recipe_spec(recipe: Recipe, base: Checkpoint | None = None) -> Spec:

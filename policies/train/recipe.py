@@ -1,7 +1,6 @@
 """From a recipe's name to a trained checkpoint."""
 
 import difflib
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from ...config import dump, find, load_tree, parse, read_yaml
 from ...data.files import room, write_file
 from ...errors import UserError
-from .loop import Task, train
+from .loop import train
 from .state import refuse_changes, step_folders
 from .team import is_main
 
@@ -25,15 +24,15 @@ def run(name: str, overrides: list[str], out: Path, resume: bool) -> Path:
     Raises:
         UserError: the recipe does not exist or has a wrong key, ``out`` and ``resume`` do not go together, or the disk is full.
     """
-    recipe, build = read_recipe(name, overrides)
+    module, recipe = read_recipe(name, overrides)
     with room(out, "run the same command again, with --resume where the run had begun"):
         if is_main():
             _claim(recipe, out, resume)
-        return train(build(recipe, out), recipe.train, out, resume)
+        return train(module.build(recipe, out), recipe.train, out, resume)
 
 
-def read_recipe(name: str, overrides: list[str]) -> tuple[Any, Callable[[Any, Path], Task]]:
-    """A recipe (in ``configs/train``, or a path) and what makes its task.
+def read_recipe(name: str, overrides: list[str]) -> tuple[Any, Any]:
+    """The module of a recipe's kind, and the recipe (in ``configs/train``, or a path).
 
     Raises:
         UserError: there is none, its kind is unknown, or it has a wrong key.
@@ -46,7 +45,7 @@ def read_recipe(name: str, overrides: list[str]) -> tuple[Any, Callable[[Any, Pa
         said = f"its kind '{kind}' is unknown" if kind is not None else "'kind' is required"
         raise UserError(f"{path}: {said}{f'; did you mean {match[0]!r}?' if match else ''} (valid: {', '.join(KINDS)})")
     module: Any = import_module(KINDS[kind], __package__)
-    return parse(module.Recipe, tree, path), module.build
+    return module, parse(module.Recipe, tree, path)
 
 
 def _claim(recipe: Any, out: Path, resume: bool) -> None:
