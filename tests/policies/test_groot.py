@@ -19,7 +19,9 @@ from triune.config import parse
 from triune.data import Observation
 from triune.policies import Request, TriunePolicy, load_policy, read_checkpoint, verify
 from triune.policies.convert import convert, fitted
+from triune.policies.inputs import Resize
 from triune.policies.released.groot import LINES, _spec
+from triune.policies.released.groot_robot import Processor, read_resize
 from triune.vla import Spec, load_spec
 from triune.vla.model import sketch
 from triune.vla.weights.groot import groot_weights
@@ -230,6 +232,21 @@ def test_the_checkpoint_says_what_is_known(robot: Robot, converted: Any) -> None
         assert (contract.action.mode, contract.action.names) == ("absolute", ("arm_0", "arm_1", "arm_2", "grip"))
         with pytest.raises(UserError, match="the policy takes squares"):
             load_policy(converted(robot)).inputs([Observation({n: np.zeros((9, 8, 3), np.uint8) for n in CAMERAS}, np.zeros(5), "go")])
+
+
+def test_pictures_become_as_large_as_eagles() -> None:
+    """By their ``smart_resize``, for squares of any side."""
+    sides = MADE[SIX].golden["sides"]
+    assert sides["256"] == [252, 252]
+    for side, size in sides.items():
+        made = read_resize(Path(), Processor(modality_configs={}, shortest_image_edge=int(side)), LINES[SIX].multiple)
+        assert [made.height, made.width] == size
+        assert made.first == (None if size[0] == int(side) else (int(side), int(side)))
+
+
+def test_cutting_and_a_last_scaling_are_for_squares() -> None:
+    with pytest.raises(ValueError, match="crop and first are for pictures that are squares; set shape"):
+        Resize(height=56, width=56, first=(64, 64))
 
 
 RELEASED: dict[str, tuple[str, int, int, dict[str, Any]]] = {

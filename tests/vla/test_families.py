@@ -148,6 +148,15 @@ def test_deepstack_left_out_is_noticed(family, spec, monkeypatch: pytest.MonkeyP
     assert (expert_parity(build(spec)) > 1e-3) == (family[0] == "qwen3_vl")  # the others have none
 
 
+def test_layers_without_attention_are_refused(tmp_path: Path) -> None:
+    from transformers import Lfm2Config, Lfm2VlConfig
+
+    text = Lfm2Config(**TEXT, layer_types=["conv", "full_attention", "conv"])
+    Lfm2VlConfig(text_config=text, vision_config=_config("lfm2_vl").vision_config).save_pretrained(tmp_path)
+    with torch.device("meta"), pytest.raises(UserError, match="some layers of its 'lfm2' have no attention"):
+        PretrainedVLM(PretrainedExpert(weights=f"random:path:{tmp_path}"))
+
+
 def test_pixels_are_cut_as_the_processor_cuts_them() -> None:
     from transformers import Qwen2VLImageProcessor
 

@@ -24,7 +24,7 @@ class PretrainedVLM(Expert):
     """See ``Expert``. Weights stay in fp32: a bf16 SmolVLM buckets its patch positions wrongly (12 a side become 9).
 
     Raises:
-        UserError: the folder holds no model of a known family.
+        UserError: the folder holds no model of a known family, or one with layers that do not attend (LFM2's own).
     """
 
     def __init__(self, config: PretrainedExpert, rope_theta: float | None = None) -> None:
@@ -35,6 +35,11 @@ class PretrainedVLM(Expert):
         self.model, self.family = _load(self.folder, config.fresh or sketched)
         text_config = self.model.config.get_text_config()
         text = self.family.text(self.model)
+        if not all(hasattr(layer, "self_attn") for layer in text.layers):
+            way_out = "give a VLM whose layers all attend"
+            raise UserError(
+                f"{self.folder}: some layers of its '{text_config.model_type}' have no attention, and it cannot run here; {way_out}"
+            )
         text.layers = text.layers[: config.layers]
         self.width: int = text_config.hidden_size
         self.depth: int = len(text.layers)

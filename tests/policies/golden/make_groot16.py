@@ -198,7 +198,10 @@ def main(commit: str) -> None:
         kinds[tag] = {"files": files, "answers": {i: answer(tag, made, process, i) for i in SQUARE}}
     about = {"source": "NVIDIA-Medtech/GR00T-H, commit 'GR00T N1.6 Release'", "commit": commit, "licence": "Apache-2.0", "seed": SEED}
     about |= {"command": f"python -m golden.make_groot16 {commit}", "config": json.loads(Path("saved/config.json").read_text())}
-    FILE.write_text(json.dumps(about | {"full": full, "tensors": shapes, "kinds": kinds}, separators=(",", ":")) + "\n")
+    resize = sys.modules[eagle("processing_eagle3_vl.Eagle3_VLProcessor").__module__].smart_resize
+    sides = {side: resize(side, side) for side in (30, 56, 70, 98, 126, 224, 256, 480, 512, 1800, 3000)}
+    found = {"full": full, "tensors": shapes, "sides": sides, "kinds": kinds}
+    FILE.write_text(json.dumps(about | found, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":
