@@ -41,7 +41,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     images = {key: {n: np.full((3, 1, 1), x, np.float32) for n, x in row.items()} for key in seen}
     for part in (ACTPolicy(config), *make_pre_post_processors(config, dataset_stats=stats | images)):
         part.save_pretrained(tmp_path / "act")
-    monkeypatch.setattr(runner, "make_world", lambda name, render, size: FakeWorld(name, render, size))
+    monkeypatch.setattr(runner, "build_world", FakeWorld)
+    monkeypatch.setattr(runner, "camera_names", lambda name: CONTRACT.camera_names)
     monkeypatch.setattr(runner, "WorldPool", FakePool)
     return tmp_path
 

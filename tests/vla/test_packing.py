@@ -23,7 +23,7 @@ Make = Callable[..., Any]
 
 def _losses(model: Model, data: Probe, packed: bool, cache: Any = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     model.zero_grad()
-    losses = model.losses(data.inputs, data.targets, data.noise, data.time, cache, packed)
+    losses = model.losses(data.inputs, data.targets, data.noise, data.time, cache, packed=packed)
     losses["loss"].backward()
     return losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
