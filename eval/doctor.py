@@ -27,7 +27,7 @@ from ..policies import find_checkpoint, read_checkpoint
 from ..policies.checkpoint import Checkpoint
 from ..policies.inputs import Settings
 from ..policies.lerobot import is_lerobot, lerobot_contract
-from ..policies.train.policy import Recipe
+from ..policies.train.policy_recipe import Recipe
 from ..policies.train.recipe import read_recipe
 from ..policies.triune import read_statistics, spec_of
 from . import environment

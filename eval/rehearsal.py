@@ -13,7 +13,7 @@ from ..policies.inputs import Settings
 from ..policies.train.demonstrations import Demonstrations, make_sampler, open_demonstrations
 from ..policies.train.fit import check_spec, encode_tasks, misfits, refuse_unlearned
 from ..policies.train.optim import resolve_device
-from ..policies.train.policy import Recipe, policy_contract, recipe_settings, recipe_spec
+from ..policies.train.policy_recipe import Recipe, policy_contract, recipe_settings, recipe_spec
 from ..policies.triune import prompt_encoder
 from ..policies.tuning import tune
 from ..vla import Spec

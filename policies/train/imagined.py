@@ -84,8 +84,15 @@ class Held(TorchDispatchMode):
         self.now += size
         weakref.finalize(storage, self._gone, key)
         if self.now > SLACK * self.peak or self.now + self.grads > SLACK * self.together:
-            gc.collect()
+            self._collect()
             self.peak, self.together = max(self.peak, self.now), max(self.together, self.now + self.grads)
+
+    def _collect(self) -> None:
+        """What one round sets free may be all that kept other cycles alive."""
+        before = -1
+        while before != self.now:
+            before = self.now
+            gc.collect()
 
     def _accumulated(self, parameter: Tensor) -> None:
         assert parameter.grad is not None

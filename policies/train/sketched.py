@@ -7,6 +7,7 @@ import torch
 
 from ...data.loader import best_order
 from ...data.sampler import ChunkSampler
+from ...vla.foresight import LatentForesight
 from ...vla.model import sketch
 from ...vla.spec import FlowHead, LatentHead
 from ..checkpoint import read_checkpoint
@@ -14,7 +15,8 @@ from ..tuning import tune
 from .demonstrations import make_sampler, open_demonstrations
 from .fit import check_dataset, refuse_unlearned
 from .frames import fits
-from .policy import PolicyTask, Recipe, recipe_settings, recipe_spec
+from .policy import PolicyTask
+from .policy_recipe import Recipe, recipe_settings, recipe_spec
 from .team import Part
 
 
@@ -65,7 +67,7 @@ class SketchedTask(PolicyTask):
             "future": torch.zeros(0),
         }
         sizes = {c: dataset.frames(c, [0]).shape[1:3] for c in dict.fromkeys((*spec.cameras, *self.foreseen))}
-        latent: Any = next(iter(self.module.foresight.values()), None)
+        latent = next((m for m in self.module.foresight.values() if isinstance(m, LatentForesight)), None)
         if latent is not None and self.kept:
             patches = (rows, next(spec.streams[n].length for n in self.module.foresight), latent.channels * latent.head.patch**2)
             batch["future"] = torch.empty(patches)

@@ -19,7 +19,7 @@ from triune.eval import evaluate, runner, write_report
 from triune.eval.film import Cinema, Imagined, Reel, encode, pictures
 from triune.eval.runner import mean_state
 from triune.policies.checkpoint import write_checkpoint
-from triune.policies.train.policy import references
+from triune.policies.train.policy_recipe import references
 from triune.policies.triune import graph_info
 from triune.vla import build
 

@@ -25,7 +25,7 @@ from triune.policies import Request, read_checkpoint
 from triune.policies import TriunePolicy as Acting
 from triune.policies.checkpoint import write_checkpoint, write_golden
 from triune.policies.inputs import Resize, Settings
-from triune.policies.train.policy import references
+from triune.policies.train.policy_recipe import references
 from triune.policies.triune import from_checkpoint, graph_info
 from triune.vla import Inputs, build
 from triune.vla.inputs import Targets
