@@ -117,6 +117,7 @@ def dry_run(name: str, overrides: list[str], processes: int = 1, peak: float | N
     mine, flops = found[checkpointing]
     samples = getattr(task, "samples", None)
     timed: tuple[list[float], float] | None = None
+    seconds: float | None
     if peak is not None:
         seconds = flops * config.accumulate / (peak * utilisation)
         source = f"computed: {peak:.3g} FLOP/s of each of {processes} devices, of which {utilisation:.0%} are assumed to be reached"
@@ -282,7 +283,7 @@ def _free(device: torch.device) -> int:
     """Bytes that are free on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
+    import psutil  # type: ignore[import-untyped]  # has no types of its own
 
     return int(psutil.virtual_memory().available)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, _is_tensor_constructor
+from torch._subclasses.fake_tensor import FakeTensorMode, _is_tensor_constructor  # type: ignore[attr-defined]  # not exported
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
@@ -29,7 +29,7 @@ class Imagined(FakeTensorMode):
     """
 
     def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        super().__init__(allow_non_fake_inputs=True)
 
     def may_turn_const(self, t: Tensor) -> bool:
         return t.numel() <= KNOWN and type(t) is Tensor and t.device.type == "cpu"
@@ -40,7 +40,7 @@ class Imagined(FakeTensorMode):
         if makes and not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, given))):
             size = args[0] if args and isinstance(args[0], list | tuple) else ()
             if prod(size) <= KNOWN:
-                with _disable_current_modes():  # type: ignore[no-untyped-call]
+                with _disable_current_modes():
                     made = func(*args, **given)
                 if self.may_turn_const(made):
                     return self.fake_tensor_converter.from_real_tensor(self, made, make_constant=True)
@@ -82,8 +82,15 @@ class Held(TorchDispatchMode):
         self.now += size
         weakref.finalize(storage, self._gone, key)
         if self.now > SLACK * self.peak or self.now + self.grads > SLACK * self.together:
-            gc.collect()
+            self._collect()
             self.peak, self.together = max(self.peak, self.now), max(self.together, self.now + self.grads)
+
+    def _collect(self) -> None:
+        """What one round sets free may be all that kept other cycles alive."""
+        before = -1
+        while before != self.now:
+            before = self.now
+            gc.collect()
 
     def _accumulated(self, parameter: Tensor) -> None:
         assert parameter.grad is not None

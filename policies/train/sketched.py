@@ -7,6 +7,7 @@ import torch
 
 from ...data.loader import best_order
 from ...data.sampler import ChunkSampler
+from ...vla.foresight import LatentForesight
 from ...vla.model import sketch
 from ...vla.spec import FlowHead, LatentHead
 from ..checkpoint import read_checkpoint
@@ -64,7 +65,7 @@ class SketchedTask(PolicyTask):
             "future": torch.zeros(0),
         }
         sizes = {c: dataset.frames(c, [0]).shape[1:3] for c in dict.fromkeys((*spec.cameras, *self.foreseen))}
-        latent = next(iter(self.module.foresight.values()), None)
+        latent = next((m for m in self.module.foresight.values() if isinstance(m, LatentForesight)), None)
         if latent is not None and self.kept:
             patches = (rows, next(spec.streams[n].length for n in self.module.foresight), latent.channels * latent.head.patch**2)
             batch["future"] = torch.empty(patches)
