@@ -274,7 +274,7 @@ def _timed(module: Any, recipe: Any, needed: Memory, device: torch.device) -> tu
         return None, f"unknown: a step needs {needed.peak / 1e9:.1f} GB and {free / 1e9:.1f} GB are free here{hint}"
     try:
         found = measure(module, recipe)
-    except UserError as error:
+    except (UserError, OSError) as error:  # transformers' own, where a folder lacks its tokenizer
         return None, f"unknown: no step can be run here ({error}){hint}"
     return found, f"measured: the median of {MEASURED} steps on {device.type} after {WARM} others"
 
