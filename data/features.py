@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import UserError
 from .contract import Contract
-from .readers.metadata import DEFAULT_COLUMNS
+from .readers.metadata import DEFAULT_COLUMNS, EPISODES_FILE
 from .types import Episode
 
 
@@ -70,3 +70,15 @@ def episode_features(
 def _kinds(features: dict[str, Any]) -> dict[str, str]:
     """What of the feature table must not change between episodes."""
     return {key: f"{f['dtype']} {tuple(f['shape'])}" for key, f in features.items() if key not in DEFAULT_COLUMNS}
+
+
+def refuse_headless(root: Path) -> None:
+    """Refuse to begin anew over episodes that nothing counts: a recorder that dies in its first one leaves facts of one at most.
+
+    Raises:
+        UserError: ``meta/info.json`` is gone from a folder that held more.
+    """
+    facts = root / EPISODES_FILE
+    held = facts.read_bytes().count(b"\n") if facts.is_file() else 0
+    if held > 1 and not (root / "meta" / "info.json").is_file():
+        raise UserError(f"{root} holds {held} episodes but no meta/info.json; put that file back from a copy, or choose another folder")

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from ..errors import UserError
 from .contract import Contract
 from .encode import History, Job, encode_images, encode_videos
-from .features import episode_features
+from .features import episode_features, refuse_headless
 from .files import append_json, lock, plain, publish, room, vacant, write_file, write_json_lines
 from .readers.metadata import CONTRACT_FILE, EPISODES_FILE, read_contract, read_episode_rows, read_facts, read_info
 from .tail import Tail
@@ -69,6 +69,7 @@ class DatasetWriter:
         begun = (self.path / CONTRACT_FILE).is_file() or (self.path / "meta" / "info.json").is_file()
         if not begun and not vacant(self.path):
             raise UserError(f"{self.path} exists and is not a dataset; choose another folder, or remove it")
+        refuse_headless(self.path)
         with room(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock: int | None = lock(self.path)

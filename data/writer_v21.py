@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ..errors import UserError
 from .contract import Contract
 from .encode import png
-from .features import episode_features, vectors_of
+from .features import episode_features, refuse_headless, vectors_of
 from .files import append_json, lock, publish, room, vacant, write_file, write_json_lines
 from .readers.metadata import CONTRACT_FILE, DEFAULT_COLUMNS, EPISODES_FILE, read_contract, read_info, read_json_lines
 from .types import Episode
@@ -45,6 +45,7 @@ class WriterV21:
         begun = (self.path / CONTRACT_FILE).is_file() or (self.path / "meta" / "info.json").is_file()
         if not begun and not vacant(self.path):
             raise UserError(f"{self.path} exists and is not a dataset; choose another folder, or remove it")
+        refuse_headless(self.path)
         with room(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock: int | None = lock(self.path)

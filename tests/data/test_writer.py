@@ -196,6 +196,17 @@ def test_killed_before_the_first_file_has_its_name(writer: Callable[..., Any], t
     assert [path.name for path in (tmp_path / "d").rglob("*") if path.is_file()] == ["triune.json"]
 
 
+def test_episodes_without_their_count_are_not_begun_anew(make_dataset: MakeDataset, contract: Contract) -> None:
+    """A copy that lost ``info.json`` holds episodes that somebody may still want."""
+    folder = make_dataset(2)
+    (folder / "meta/info.json").unlink()
+    before = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    for writer in (DatasetWriter, WriterV21):
+        with pytest.raises(UserError, match="holds 2 episodes but no meta/info.json"):
+            writer(folder, contract, 20)
+    assert before == {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
 def test_torn_line_of_facts(make_dataset: MakeDataset, make_episode: MakeEpisode, contract: Contract) -> None:
     folder = make_dataset(1)
     with (folder / "meta/triune_episodes.jsonl").open("a") as file:
