@@ -1,0 +1,7 @@
+"""What a robot needs to be driven by an action server: numpy, msgpack and websockets, Python 3.8 and newer."""
+
+from .wire import EncodedImage, Limits, WireError, decode_image, pack, unpack
+
+__version__ = "0.1.0"
+
+__all__ = ["EncodedImage", "Limits", "WireError", "decode_image", "pack", "unpack"]
