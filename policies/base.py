@@ -63,3 +63,26 @@ class Policy(ABC):
     def act(self, request: Request) -> Plan:
         """``plan`` of one."""
         return self.plan([request])[0]
+
+    def close(self, session: str) -> None:  # noqa: B027 - a policy that keeps nothing of a session has nothing to forget
+        """Forget a session that has ended, if it was ever begun."""
+
+    def warm(self, sessions: int) -> None:
+        """Do what the first calls pay for, before anyone waits: compile, capture, allocate.
+
+        Args:
+            sessions: how many may ask at once.
+        """
+        names = [f"warm-up {i}" for i in range(sessions)]
+        for count in sorted({1, sessions}):
+            for name in names[:count]:
+                self.reset(name, seed=0)
+            self.plan([Request(name, example(self.contract)) for name in names[:count]])
+        for name in names:
+            self.close(name)
+
+
+def example(contract: Contract) -> Observation:
+    """An observation that fits ``contract``: black pictures, of 224 x 224 where it says no size, and a state of zeros."""
+    images = {c.name: np.zeros((c.height or 224, c.width or 224, 3), np.uint8) for c in contract.cameras}
+    return Observation(images, np.zeros(contract.state.size, np.float32), "warm up")

@@ -1,0 +1,48 @@
+"""``vla serve``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    policy: Annotated[str, typer.Option(help="Checkpoint or run folder.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Any value of a serve config: batch=4.")] = None,
+    config: Annotated[str | None, typer.Option(help="A name in configs/serve, or a path to a YAML file.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; other than loopback needs a token.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File whose first line is the secret that clients send.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
+    precision: Annotated[str, typer.Option(help="What the weights are held in: auto, fp32, bf16.")] = "auto",
+) -> None:
+    """Serve a policy to robots and simulators; the port opens when it is loaded and warm."""
+    import asyncio
+    import logging
+
+    from ..config import find, load_tree, parse
+    from ..errors import UserError
+
+    try:
+        from ..policies.serve import Serve, Server, Service, Source
+    except ImportError as error:
+        raise UserError(f"serving needs packages that are not here ({error}): pip install 'triune-vla[serve]'") from None
+
+    given = {"host": host, "port": port, "token_file": token_file, "tls_cert": tls_cert, "tls_key": tls_key}
+    flags = [f"{key}={value}" for key, value in given.items() if value is not None]
+    tree = load_tree(find(config or "local", "serve"), [*(overrides or []), *flags])
+    settings = parse(Serve, tree, config or "vla serve")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("websockets").setLevel(logging.WARNING)
+    source = Source("triune.policies:load_policy", {"path": policy, "precision": precision}, settings.batch)
+    service = Service(source, window=settings.window_ms / 1e3, queue=settings.queue, patience=settings.patience)
+
+    async def run() -> None:
+        server = Server(settings, service, Path(policy).name)
+        await server.start()
+        logging.info("%s is served at %s", policy, server.url)
+        await server.run()
+        logging.info("stopped; what was asked was answered")
+
+    asyncio.run(run())

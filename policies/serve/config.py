@@ -1,0 +1,57 @@
+"""What ``vla serve`` may be told: a YAML file, or key=value on the command line."""
+
+from typing import Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from ...config import Strict
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class Serve(Strict):
+    """Where a policy is served, to whom, and how much each may ask.
+
+    Attributes:
+        host: address to listen on. Any but loopback needs ``token_file``.
+        port: of the websocket and of /healthz, /readyz, /metrics; 0 takes a free one.
+        token_file: a file whose first line is the secret that clients send (``Authorization: Bearer <token>``).
+        tls_cert, tls_key: PEM files; with them only ``wss://`` is spoken.
+        batch: sessions answered in one call of the policy.
+        window_ms: how long a batch waits for sessions that asked within the last second.
+        queue: requests that may wait; clients: connections at once; in_flight: requests of one connection at once.
+        rate: requests per second of one address, on average; twice as many may come at once.
+        frame_mib: largest frame.
+        deadline_ms: for requests that bring none; None waits as long as it takes.
+        patience: seconds of one call after which the policy counts as hung, and is started anew.
+        drain: seconds that requests in flight may take once the server was told to stop.
+        seed: of the sessions whose clients name none: the first gets it, the next one more.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    token_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    batch: PositiveInt = 8
+    window_ms: NonNegativeFloat = 4.0
+    queue: PositiveInt = 256
+    clients: PositiveInt = 64
+    in_flight: PositiveInt = 16
+    rate: PositiveFloat = 500.0
+    frame_mib: PositiveFloat = 64.0
+    deadline_ms: PositiveFloat | None = None
+    patience: PositiveFloat = 300.0
+    drain: NonNegativeFloat = 10.0
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _safe(self) -> Self:
+        if self.host not in LOOPBACK and self.token_file is None:
+            raise ValueError(
+                f"host {self.host} can be reached from other machines, which needs a token: put a secret into a file, "
+                "name it in token_file, and give it to your clients; or listen on 127.0.0.1"
+            )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("TLS needs both tls_cert and tls_key")
+        return self

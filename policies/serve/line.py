@@ -1,0 +1,61 @@
+"""One websocket connection as a dialect sees it."""
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from triune_client.wire import Limits, WireError, pack, unpack
+from websockets.asyncio.server import ServerConnection
+
+from .security import Rate
+from .service import Refusal
+
+
+@dataclass
+class Line:
+    """Frames in and out.
+
+    Attributes:
+        name: of the connection, unique while the server runs; names of sessions begin with it.
+        seed: of the first session that it begins without one.
+        in_flight: requests that it may have under way.
+        deadline: seconds for requests that bring none.
+    """
+
+    connection: ServerConnection
+    name: str
+    address: str
+    seed: int
+    limits: Limits
+    rate: Rate
+    in_flight: int = 16
+    deadline: float | None = None
+    decoded: float = 0.0
+
+    async def frames(self) -> AsyncIterator[bytes | str]:
+        """Frames as they come, until the other side closes."""
+        async for frame in self.connection:
+            yield frame
+
+    def decode(self, frame: bytes | str) -> Any:
+        """The message in a frame; ``decoded`` is how many milliseconds that took.
+
+        Raises:
+            Refusal: too many requests, text, or no message within the limits.
+        """
+        if not self.rate.allows(self.address):
+            raise Refusal("busy", f"more than {self.rate.per_second:g} requests per second come from this address; ask less often")
+        if isinstance(frame, str):
+            raise Refusal("bad_request", "this server takes binary frames of msgpack, and a text frame came")
+        began = time.perf_counter()
+        try:
+            message = unpack(frame, self.limits)
+        except WireError as error:
+            raise Refusal("bad_request", str(error)) from None
+        self.decoded = 1e3 * (time.perf_counter() - began)
+        return message
+
+    async def send(self, message: Any) -> None:
+        """Send one message."""
+        await self.connection.send(pack(message))

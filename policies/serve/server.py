@@ -1,0 +1,189 @@
+"""The server: a socket for websockets and for what operators ask, a policy behind it, an orderly end."""
+
+import asyncio
+import contextlib
+import http
+import itertools
+import json
+import logging
+import signal
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from triune_client.wire import Limits
+from websockets.asyncio.server import Server as Socket
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request as HTTPRequest
+from websockets.http11 import Response
+
+from ... import __version__
+from ...errors import UserError
+from .config import Serve
+from .dialects import triune
+from .line import Line
+from .security import Rate, Token, tls
+from .service import Service
+
+logger = logging.getLogger(__name__)
+
+Dialect = Callable[[Line, Service, dict[str, Any]], Awaitable[None]]
+DIALECTS: Mapping[str, Dialect] = {"/v1": triune.speak}
+"""Path -> the protocol that is spoken there."""
+
+
+class Server:
+    """A policy's service on a network.
+
+    ``start`` opens the port when the policy is loaded and warm, ``run`` serves until SIGTERM or SIGINT, ``stop`` drains.
+
+    Args:
+        name: of the policy, for clients and logs.
+    """
+
+    def __init__(self, config: Serve, service: Service, name: str) -> None:
+        self.config, self.service, self.name = config, service, name
+        self.token = Token.read(config.token_file)
+        self.ssl = tls(config.tls_cert, config.tls_key)
+        self.limits = Limits(frame=int(config.frame_mib * 2**20))
+        self.rate = Rate(config.rate, 2 * config.rate)
+        self.knocks = Rate(20.0, 100.0)
+        self.connections: Counter[str] = Counter()
+        self.pages: dict[str, Callable[[], tuple[int, str, bytes]]] = {
+            "/healthz": lambda: (200, "text/plain", b"OK\n"),
+            "/readyz": self._readyz,
+            "/health": lambda: (200, "application/json", json.dumps({"status": "ok"}).encode()),
+        }
+        self.draining = False
+        self._numbers = itertools.count()
+        self._lines: set[asyncio.Task[Any]] = set()
+        self._socket: Socket | None = None
+
+    @property
+    def port(self) -> int:
+        """The port that was taken."""
+        assert self._socket is not None, "the server has not started"
+        return int(next(iter(self._socket.sockets)).getsockname()[1])
+
+    @property
+    def url(self) -> str:
+        """Where our own clients connect."""
+        return f"{'wss' if self.ssl else 'ws'}://{self.config.host}:{self.port}"
+
+    def welcome(self) -> dict[str, Any]:
+        """What clients of our own protocol are told."""
+        contract, said = self.service.contract, self.service.introduction
+        return {
+            "protocol": triune.PROTOCOL,
+            "server": f"triune-vla {__version__}",
+            "policy": self.name,
+            "contract": contract.model_dump(mode="json"),
+            "realtime": said.get("realtime"),
+            "executed": contract.executed,
+            "chunk": contract.chunk,
+            "rate": contract.rate,
+        }
+
+    async def start(self) -> None:
+        """Load and warm the policy, then open the port.
+
+        Raises:
+            UserError: the policy cannot be loaded, or the port is taken.
+        """
+        await self.service.start()
+        try:
+            self._socket = await serve(
+                self._serve,
+                self.config.host,
+                self.config.port,
+                ssl=self.ssl,
+                process_request=self._enter,
+                compression=None,
+                max_size=self.limits.frame,
+                max_queue=4,
+                open_timeout=10,
+                server_header=None,
+            )
+        except OSError as error:
+            await self.service.stop()
+            raise UserError(f"cannot listen on {self.config.host}:{self.config.port} ({error.strerror}); choose another port=") from None
+
+    async def run(self) -> None:
+        """Serve until the process is told to end; requests in flight are answered first.
+
+        Raises:
+            UserError: the policy's process dies again and again.
+        """
+        loop, told = asyncio.get_running_loop(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, told.set)
+        while not told.is_set() and self.service.failed is None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(told.wait(), timeout=0.5)
+        await self.stop()
+        if self.service.failed is not None:
+            raise UserError(str(self.service.failed))
+
+    async def stop(self) -> None:
+        """Take no more connections and requests, answer those in flight, close."""
+        self.draining = True
+        if self._socket is not None:
+            self._socket.close(close_connections=False)
+        await self.service.drain(self.config.drain)
+        if self._socket is not None:
+            for connection in self._socket.connections:
+                await connection.close(1001, "the server is stopping")
+            await self._socket.wait_closed()
+        await self.service.stop()
+
+    def _readyz(self) -> tuple[int, str, bytes]:
+        ready = self.service.ready and not self.draining
+        return (200, "text/plain", b"ready\n") if ready else (503, "text/plain", b"not ready\n")
+
+    async def _enter(self, connection: ServerConnection, request: HTTPRequest) -> Response | None:
+        """Answer what operators ask, and let those in who may speak."""
+        address = _address(connection)
+        path = request.path.split("?")[0]
+        if path in ("/healthz", "/readyz", "/health"):
+            return _page(*self.pages[path]())
+        if not self.knocks.allows(address):
+            return _page(429, "text/plain", b"too many connections; wait some seconds\n")
+        if not self.token.admits_header(request.headers.get("Authorization")):
+            return _page(401, "text/plain", b"this server needs its token: Authorization: Bearer <token>\n")
+        if path in self.pages:
+            return _page(*self.pages[path]())
+        if path not in DIALECTS:
+            return _page(404, "text/plain", f"nothing is spoken here; known: {', '.join(DIALECTS)}\n".encode())
+        if self.draining or sum(self.connections.values()) >= self.config.clients:
+            return _page(503, "text/plain", b"the server takes no more connections now\n")
+        return None
+
+    async def _serve(self, connection: ServerConnection) -> None:
+        assert connection.request is not None
+        number, address = next(self._numbers), _address(connection)
+        config = self.config
+        deadline = None if config.deadline_ms is None else config.deadline_ms / 1e3
+        seed = config.seed + number
+        line = Line(connection, f"c{number}", address, seed, self.limits, self.rate, config.in_flight, deadline)
+        self.connections[address] += 1
+        logger.info("%s connected from %s to %s", line.name, address, connection.request.path)
+        try:
+            await DIALECTS[connection.request.path.split("?")[0]](line, self.service, self.welcome())
+        except ConnectionClosed:
+            pass  # the client left in the middle of an answer
+        finally:
+            self.connections[address] -= 1
+            self.connections += Counter()  # forgets addresses without connections
+            logger.info("%s left", line.name)
+
+
+def _address(connection: ServerConnection) -> str:
+    remote = connection.remote_address
+    return str(remote[0]) if remote else "unknown"
+
+
+def _page(status: int, kind: str, body: bytes) -> Response:
+    headers = Headers({"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close", "Cache-Control": "no-store"})
+    return Response(status, http.HTTPStatus(status).phrase, headers, body)

@@ -1,0 +1,368 @@
+"""What every dialect asks: sessions and plans of one policy, whose process is asked in turns and started again when it dies.
+
+Requests wait in one queue. Whenever the policy is free all that wait go to it in one batch, so that many clients share its calls
+(micro-batching) and one client waits for nobody.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from ...config import parse
+from ...data import Contract
+from ...errors import UserError
+from ..base import Request
+from .process import Process, ProcessDied, Source
+
+logger = logging.getLogger(__name__)
+
+Code = Literal["bad_request", "contract", "late", "busy", "worker", "unauthorized", "too_large", "internal"]
+
+
+class Refusal(Exception):
+    """A request that is not answered; the sentence goes to the client, so it names no files and shows no traceback."""
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """A plan as a client gets it.
+
+    Attributes:
+        actions: float32 (C, A) in physical units; rate: Hz; time: timestamp of the observation.
+        timing: stage -> milliseconds; ``queue`` is what the request waited for others.
+        events: what the guard changed, kind -> how often.
+        foresight: camera -> uint8 (H, W, 3), where it was asked for.
+    """
+
+    actions: np.ndarray
+    rate: float
+    time: float
+    timing: dict[str, float]
+    value: float | None = None
+    events: dict[str, int] = field(default_factory=dict)
+    foresight: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """One request and what became of it, as listeners hear of it."""
+
+    request: Request
+    seed: int
+    step: int
+    reply: Reply | None = None
+    refusal: Refusal | None = None
+    seconds: float = 0.0
+
+
+class Listener(Protocol):
+    """Hears what happens: metrics, the flight recorder, a viewer. Called in the event loop: it must be quick and must not raise."""
+
+    def exchanged(self, exchange: Exchange) -> None:
+        """A request was answered or refused."""
+
+    def happened(self, event: str, session: str | None = None) -> None:
+        """``reset``, ``close``, ``died``, ``started``, ``drain``."""
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A command in the queue. ``future`` gets the answer's tree, or a ``Refusal``."""
+
+    kind: Literal["reset", "close", "plan"]
+    session: str
+    body: Any
+    future: asyncio.Future[Any]
+    deadline: float | None = None
+    since: float = field(default_factory=time.perf_counter)
+
+
+@dataclass
+class _Session:
+    seed: int
+    step: int = 0
+    asked: float = 0.0
+
+
+class Service:
+    """A policy for any number of clients.
+
+    Args:
+        source: what makes the policy.
+        window: seconds that a batch waits for sessions that asked of late and will ask again soon.
+        queue: requests that may wait; further ones are refused as ``busy``.
+        patience: seconds of one turn after which the policy's process is taken for hung and killed.
+        restarts: deaths within a minute after which it is not started again.
+    """
+
+    def __init__(self, source: Source, *, window: float = 0.004, queue: int = 256, patience: float = 300.0, restarts: int = 5) -> None:
+        self.source, self.window, self.limit, self.patience, self.restarts = source, window, queue, patience, restarts
+        self.listeners: list[Listener] = []
+        self.sessions: dict[str, _Session] = {}
+        self.waiting: deque[_Waiting] = deque()
+        self.process: Process | None = None
+        self.introduction: dict[str, Any] = {}
+        self.failed: BaseException | None = None
+        self._arrived = asyncio.Event()
+        self._busy = False
+        self._deaths: deque[float] = deque(maxlen=restarts)
+        self._running: asyncio.Task[None] | None = None
+
+    @property
+    def contract(self) -> Contract:
+        """The policy's conventions."""
+        return self._contract
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be answered at once or after those before it."""
+        return self.process is not None and self.failed is None
+
+    async def start(self) -> None:
+        """Load and warm the policy, and begin to answer.
+
+        Raises:
+            UserError: the policy cannot be loaded, and why.
+        """
+        await self._begin()
+        self._running = asyncio.create_task(self._run())
+
+    async def drain(self, patience: float) -> None:
+        """Wait until nothing waits and nothing is under way, ``patience`` seconds at most."""
+        self._tell("drain")
+        until = time.monotonic() + patience
+        while (self.waiting or self._busy) and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        """Refuse what still waits, and end the policy's process."""
+        if self._running is not None:
+            self._running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._running
+        for waiting in self._take_all():
+            self._refuse(waiting, Refusal("worker", "the server is stopping; connect again when it is back"))
+        if self.process is not None:
+            await self.process.stop()
+            self.process = None
+
+    async def reset(self, session: str, seed: int) -> None:
+        """Begin an episode of ``session``, whose noise is keyed by ``seed``."""
+        self.sessions[session] = _Session(seed)
+        self._tell("reset", session)
+        await self._put("reset", session, seed)
+
+    async def close(self, session: str) -> None:
+        """Forget a session, if it was ever begun."""
+        if self.sessions.pop(session, None) is not None:
+            self._tell("close", session)
+            with contextlib.suppress(Refusal):  # a policy that has ended, or is about to, has forgotten it
+                await self._put("close", session, None)
+
+    async def plan(self, request: Request, deadline: float | None = None, foresight: bool = False) -> Reply:
+        """Answer one request.
+
+        Args:
+            deadline: seconds from now after which the answer is of no use.
+            foresight: whether to draw what the policy expects to see.
+
+        Raises:
+            Refusal: ``late``, ``busy``, ``bad_request``, ``worker`` or ``internal``, with a sentence for the client.
+        """
+        began = time.perf_counter()
+        session = self.sessions.get(request.session)
+        try:
+            if session is None:
+                raise Refusal("bad_request", f"session '{request.session}' has not begun: send a reset before the first request")
+            session.asked = began
+            answer = await self._put("plan", request.session, _tree(request, foresight), deadline)
+            if "code" in answer:
+                raise Refusal(answer["code"], answer["message"])
+        except Refusal as refusal:
+            seconds = time.perf_counter() - began
+            self._heard(Exchange(request, session.seed if session else 0, session.step if session else 0, None, refusal, seconds))
+            raise
+        chunk = answer["chunk"]
+        reply = Reply(chunk["actions"], chunk["rate"], chunk["time"], answer["timing"], answer["value"], {}, answer["foresight"])
+        self._heard(Exchange(request, session.seed, session.step, reply, None, time.perf_counter() - began))
+        session.step += 1
+        return reply
+
+    async def _put(self, kind: Literal["reset", "close", "plan"], session: str, body: Any, deadline: float | None = None) -> Any:
+        if self.failed is not None:
+            raise Refusal("worker", "the policy has ended and will not be started again; the server's log says why")
+        if kind == "plan" and len(self.waiting) >= self.limit:
+            raise Refusal("busy", f"{len(self.waiting)} requests wait already; ask less often, or serve this policy on more machines")
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(kind, session, body, loop.create_future(), None if deadline is None else loop.time() + deadline)
+        self.waiting.append(waiting)
+        self._arrived.set()
+        if deadline is None:
+            return await waiting.future
+        timer = loop.call_later(max(deadline, 0.0), self._late, waiting, deadline)
+        try:
+            return await waiting.future
+        finally:
+            timer.cancel()
+
+    def _late(self, waiting: _Waiting, deadline: float) -> None:
+        self._refuse(waiting, Refusal("late", f"no answer within {1e3 * deadline:.0f} ms; hold, and ask again with a new observation"))
+
+    async def _run(self) -> None:
+        """Turn after turn, for as long as the service lives."""
+        while True:
+            await self._arrived.wait()
+            if self.window and self._company() > len({w.session for w in self.waiting}):
+                await asyncio.sleep(self.window)
+            turn = self._next_turn()
+            if turn:
+                self._busy = True
+                await self._take(turn)
+                self._busy = False
+            if not self.waiting:
+                self._arrived.clear()
+
+    def _company(self) -> int:
+        """Sessions that asked within the last second, as many as a batch holds: more than those may be worth waiting for."""
+        recent = time.perf_counter() - 1.0
+        return min(sum(s.asked > recent for s in self.sessions.values()), self.source.batch)
+
+    def _next_turn(self) -> list[_Waiting]:
+        """What the policy does next: commands in the order in which they came, one plan of a session, as many plans as a batch holds.
+
+        Within a turn sessions end and begin before plans are made, so a turn ends where that would change the order.
+        """
+        turn: list[_Waiting] = []
+        planned: set[str] = set()
+        while self.waiting:
+            head = self.waiting[0]
+            if head.future.done():  # late, or its client has gone
+                self.waiting.popleft()
+                continue
+            if head.session in planned or len(planned) == self.source.batch:
+                break
+            if head.kind == "close" and any(w.session == head.session for w in turn):
+                break
+            if head.kind == "plan":
+                planned.add(head.session)
+            turn.append(self.waiting.popleft())
+        return turn
+
+    async def _take(self, turn: list[_Waiting]) -> None:
+        assert self.process is not None
+        plans = [w for w in turn if w.kind == "plan"]
+        now = time.perf_counter()
+        commands = {
+            "close": [w.session for w in turn if w.kind == "close"],
+            "reset": [[w.session, w.body] for w in turn if w.kind == "reset"],
+            "plan": [w.body for w in plans],
+        }
+        hung = asyncio.get_running_loop().call_later(self.patience, self.process.kill)
+        try:
+            answer = await self.process.ask(commands)
+        except ProcessDied as death:
+            await self._died(turn, death)
+            return
+        finally:
+            hung.cancel()
+        for waiting, tree in zip(plans, answer["answers"], strict=True):
+            if "timing" in tree:
+                tree["timing"] |= {"queue": 1e3 * (now - waiting.since), "turn": answer["ms"], "batch": len(plans)}
+            _settle(waiting, tree)
+        for waiting in turn:
+            if waiting.kind != "plan":
+                _settle(waiting, None)
+
+    async def _died(self, turn: Iterable[_Waiting], death: ProcessDied) -> None:
+        """Refuse what was being answered, and start the policy again, with the sessions that it had."""
+        logger.error("the policy's process ended (%s)", death)
+        ended, self.process = self.process, None
+        if ended is not None:
+            await ended.stop(patience=0)
+        for waiting in turn:
+            if waiting.kind == "plan":
+                again = "it is being started again: hold, and ask again"
+                self._refuse(waiting, Refusal("worker", f"the policy's process ended ({death}) and took this request with it; {again}"))
+            else:
+                _settle(waiting, None)  # what the policy had is gone; sessions are begun anew below
+        self._tell("died")
+        now = time.monotonic()
+        if len(self._deaths) == self.restarts and now - self._deaths[0] < 60:
+            self.failed = UserError(f"the policy's process ended {self.restarts + 1} times within a minute, at last with {death}")
+        else:
+            self._deaths.append(now)
+            try:
+                await self._begin()
+                return
+            except (UserError, ProcessDied) as error:
+                self.failed = error
+        logger.error("the policy is not started again: %s", self.failed)
+        for waiting in self._take_all():
+            self._refuse(waiting, Refusal("worker", "the policy has ended and will not be started again; the server's log says why"))
+
+    async def _begin(self) -> None:
+        process = await Process.start(self.source)
+        self.introduction = process.introduction
+        self._contract = parse(Contract, self.introduction["contract"], "the policy's contract")
+        if self.sessions:
+            await process.ask({"close": [], "reset": [[name, s.seed] for name, s in self.sessions.items()], "plan": []})
+            for session in self.sessions.values():
+                session.step = 0
+        self.process = process
+        self._tell("started")
+
+    def _take_all(self) -> list[_Waiting]:
+        taken = list(self.waiting)
+        self.waiting.clear()
+        return taken
+
+    @staticmethod
+    def _refuse(waiting: _Waiting, refusal: Refusal) -> None:
+        if not waiting.future.done():
+            waiting.future.set_exception(refusal)
+
+    def _tell(self, event: str, session: str | None = None) -> None:
+        for listener in self.listeners:
+            listener.happened(event, session)
+
+    def _heard(self, exchange: Exchange) -> None:
+        for listener in self.listeners:
+            listener.exchanged(exchange)
+
+
+def _settle(waiting: _Waiting, answer: Any) -> None:
+    if not waiting.future.done():
+        waiting.future.set_result(answer)
+
+
+def _tree(request: Request, foresight: bool) -> dict[str, Any]:
+    """A request as it is sent to the policy's process."""
+    seen, prefix = request.observation, request.prefix
+    observation = {
+        "images": seen.images,
+        "state": seen.state,
+        "instruction": seen.instruction,
+        "timestamp": seen.timestamp,
+        "embodiment": seen.embodiment,
+        "subtask": seen.subtask,
+    }
+    settled = None if prefix is None else {"actions": prefix.actions, "rate": prefix.rate, "time": prefix.time}
+    return {
+        "session": request.session,
+        "observation": observation,
+        "prefix": settled,
+        "delay": request.delay,
+        "samples": request.samples,
+        "foresight": foresight,
+    }
