@@ -3,6 +3,8 @@
 python messages.py openpi|harness-raw|harness-png
 """
 
+from __future__ import annotations
+
 import sys
 
 import numpy as np

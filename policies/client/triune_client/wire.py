@@ -223,7 +223,7 @@ def _array(entries: Mapping[Any, Any], bin_keys: bool, limits: Limits) -> np.nda
 def _scalar(entries: Mapping[Any, Any], bin_keys: bool, limits: Limits) -> object:
     value, kind = _field(entries, "data", bin_keys), _dtype(_field(entries, "dtype", bin_keys))
     fits: tuple[type, ...] = {"b": (bool,), "i": (int,), "u": (int,), "f": (float, int), "U": (str,)}[kind.kind]
-    if not isinstance(value, fits) or (kind.kind != "b" and isinstance(value, bool)):
+    if type(value) not in fits:
         raise WireError(f"a {type(value).__name__} is not a scalar of {kind}")
     if kind.kind in "iu":
         span = np.iinfo(kind)
