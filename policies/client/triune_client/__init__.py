@@ -1,0 +1,1 @@
+"""What a robot needs to be driven by a Triune server."""
