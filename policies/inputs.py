@@ -15,6 +15,7 @@ from ..config import Strict
 from ..data.transforms import Relative, RelativePose
 from ..errors import UserError
 from ..vla.experts.pretrained import PretrainedVLM
+from ..vla.realtime import Realtime
 
 
 class Resize(Strict):
@@ -145,12 +146,14 @@ class Words(Strict):
 
 class Settings(Strict):
     """What ``settings`` in ``policy.json`` says. Without ``resize`` images must have the contract's size; without ``words`` the model
-    folder's own processor makes the prompt; ``relative``, ``poses``: which actions are counted from the state."""
+    folder's own processor makes the prompt; ``relative``, ``poses``: which actions are counted from the state; ``realtime``: how a chunk
+    goes on from the one before."""
 
     resize: Resize | None = None
     words: Words | None = None
     relative: Relative | None = None
     poses: tuple[RelativePose, ...] = ()
+    realtime: Realtime = Realtime()
 
     @model_validator(mode="after")
     def _sized(self) -> "Settings":
