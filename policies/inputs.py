@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import Strict
-from ..data.transforms import Relative, RelativePose
+from ..data.transforms import Angles, Relative, RelativePose
 from ..errors import UserError
 from ..vla.experts.pretrained import PretrainedVLM
 
@@ -161,12 +161,14 @@ class Words(Strict):
 
 class Settings(Strict):
     """What ``settings`` in ``policy.json`` says. Without ``resize`` images must have the contract's size; without ``words`` the model
-    folder's own processor makes the prompt; ``relative``, ``poses``: which actions are counted from the state."""
+    folder's own processor makes the prompt; ``relative``, ``poses``: which actions are counted from the state; ``angles``: which of its
+    numbers are seen as sine and cosine."""
 
     resize: Resize | None = None
     words: Words | None = None
     relative: Relative | None = None
     poses: tuple[RelativePose, ...] = ()
+    angles: Angles | None = None
 
     @model_validator(mode="after")
     def _sized(self) -> "Settings":
@@ -178,6 +180,10 @@ class Settings(Strict):
     def counts(self) -> bool:
         """Whether some actions are counted from the state."""
         return self.relative is not None or bool(self.poses)
+
+    def felt(self, state: np.ndarray) -> np.ndarray:
+        """Normalised states (B, S) as the network takes them."""
+        return state if self.angles is None else self.angles.apply(state)
 
     def counted(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         """Actions (B, C, A) as the network counts them from the state (B, S) in which their chunk begins."""

@@ -151,7 +151,8 @@ class TriunePolicy(Policy):
         if not seen.all():  # image tokens stand in the order of the views, as many of each
             slots = ids == self.image_token
             present[slots] = seen.repeat_interleave(int(slots[0].sum()) // len(views), dim=1).flatten()
-        padded = np.pad(state, ((0, 0), (0, self.model.spec.state_dim - state.shape[1])))
+        felt = self.settings.felt(state)
+        padded = np.pad(felt, ((0, 0), (0, self.model.spec.state_dim - felt.shape[1])))
         return Inputs(images, ids, present, torch.from_numpy(padded)).each(lambda t: t.to(self.device, non_blocking=True))
 
     def _length(self, observation: Observation) -> int:

@@ -57,10 +57,10 @@ def read(source: Path, tokenizer: Path | None, asked: Asked) -> Release:
         raise UserError(f"{network.num_inference_timesteps} steps do not divide the 1000 flow times of the network; set a number that does")
     if not network.diffusion_model_cfg.interleave_self_attention:
         raise UserError(f"{file} has no layers that read state and actions; only networks that have them can be converted")
-    sizes = {"state": (robot.contract.state, network.max_state_dim), "action": (robot.contract.action, network.max_action_dim)}
-    for part, (numbers, room) in sizes.items():
-        if numbers.size > room:
-            raise UserError(f"{robot.tag} has {numbers.size} numbers of {part}, the network {room}; correct the one")
+    felt = robot.contract.state.size + (robot.angles.added if robot.angles else 0)
+    for part, size, room in (("state", felt, network.max_state_dim), ("action", robot.contract.action.size, network.max_action_dim)):
+        if size > room:
+            raise UserError(f"{robot.tag} has {size} numbers of {part}, the network {room}; correct the one")
     words = load_tokenizer(network.model_name, file, tokenizer)
     weights, tensors = read_weights(source)
     vlm = _vlm(line, network, tensors, weights)
@@ -86,6 +86,7 @@ def read(source: Path, tokenizer: Path | None, asked: Asked) -> Release:
             words=Words(lower=robot.lower, edits=robot.edits, image=image),
             relative=robot.relative,
             poses=robot.poses,
+            angles=robot.angles,
         ),
         tokenizer=words,
         origin=read_origin(source, format="Isaac-GR00T", type=line.name, embodiment=robot.tag, **robot.facts),

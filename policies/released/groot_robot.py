@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data import Contract
-from ...data.transforms import Affine, Relative, RelativePose
+from ...data.transforms import Affine, Angles, Relative, RelativePose
 from ...errors import UserError
 from ..inputs import Resize
 
@@ -49,7 +49,7 @@ class Robot:
         state, action: as states are normalised and actions are not.
         horizon: steps that the network plans, of which the contract's chunk is the beginning.
         lower, edits: what happens to an instruction.
-        relative, poses: which actions are counted from the state.
+        relative, poses: which actions are counted from the state; angles: which of its numbers are seen as sine and cosine.
         facts: what is known of the folder's origin.
     """
 
@@ -64,6 +64,7 @@ class Robot:
     edits: tuple[tuple[str, str], ...] = ()
     relative: Relative | None = None
     poses: tuple[RelativePose, ...] = ()
+    angles: Angles | None = None
     facts: Mapping[str, str | None] = field(default_factory=dict)
 
 

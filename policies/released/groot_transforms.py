@@ -5,6 +5,8 @@ What happens is that of ``data/transform/{video,state_action,concat}.py`` and ``
 commit 4af2b622, the last of N1.5; its history is also in NVIDIA-Medtech/GR00T-H).
 """
 
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +15,7 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validat
 
 from ...config import CONFIGS, Strict, find, load_tree, parse
 from ...data import Camera, Contract, Vector
-from ...data.transforms import Affine, Kind
+from ...data.transforms import Affine, Angles, Kind
 from ...errors import UserError
 from ..inputs import Resize
 from .base import read_json
@@ -23,7 +25,7 @@ WAY_OUT = "give a folder that Isaac-GR00T N1.5 saved"
 NUMBERS = {"new_embodiment": 31, "agibot_genie1": 26, "gr1": 24, "oxe_droid": 17}
 """Tag of a robot -> the number of its encoders and decoder (``data/embodiment_tags.py``)."""
 Way = Literal["min_max", "q99", "mean_std", "none"]
-KINDS: dict[Way, Kind] = {"min_max": "min_max", "q99": "quantile", "mean_std": "mean_std", "none": "none"}
+KINDS: dict[str, Kind] = {"min_max": "min_max", "q99": "quantile", "mean_std": "mean_std", "none": "none", "sin_cos": "none"}
 
 
 class Transforms(Strict):
@@ -31,7 +33,8 @@ class Transforms(Strict):
 
     Attributes:
         cameras: ``video_keys``.
-        state, action: key -> ``normalization_modes``, in the order of ``ConcatTransform``; ``none`` where it names none.
+        state, action: key -> ``normalization_modes``, in the order of ``ConcatTransform``; ``none`` where it names none, ``sin_cos`` where
+            ``StateActionSinCosTransform`` does it.
         chunk: how many ``action_indices``; executed: steps of them, by default all.
         crop: ``scale`` of ``VideoCrop``; side: of ``VideoResize``.
         lower: ``formalize_language`` of ``GR00TTransform``: small letters without punctuation.
@@ -39,7 +42,7 @@ class Transforms(Strict):
     """
 
     cameras: tuple[str, ...] = Field(min_length=1)
-    state: dict[str, Way] = Field(min_length=1)
+    state: dict[str, Way | Literal["sin_cos"]] = Field(min_length=1)
     action: dict[str, Way] = Field(min_length=1)
     chunk: PositiveInt = 16
     executed: PositiveInt | None = None
@@ -122,6 +125,7 @@ def read_robot(source: Path, asked: Asked, horizon: int) -> Robot:
         resize=Resize(height=does.side, width=does.side, shape="stretched", filter="smooth", crop=does.crop),
         lower=does.lower,
         edits=((r"[^\w\s]", ""),) if does.lower else (),
+        angles=_angles(does, known.statistics.state),
         facts={"config": asked.config, "repository": does.repository, "revision": does.revision, "licence": does.licence},
     )
 
@@ -132,33 +136,36 @@ def _there(part: str, key: str, known: dict[str, _Row] | dict[str, _Video], file
     return key
 
 
-def _vector(part: Literal["state", "action"], ways: dict[str, Way], known: dict[str, _Row], file: Path) -> tuple[Vector, Affine]:
+def _vector(part: Literal["state", "action"], ways: Mapping[str, str], known: dict[str, _Row], file: Path) -> tuple[Vector, Affine]:
     """Names and normalisation. What never varies is 0 by its range, and stays what it is by the other ways; an action is then constant.
 
     Raises:
-        UserError: there is no such key, or some of the state alone are clipped.
+        UserError: there is no such key.
     """
-    if part == "state" and len({way == "q99" for way in ways.values()}) > 1:
-        raise UserError(
-            "q99 clips some of the state and not the rest, for which a checkpoint has no words; only q99 for all can be converted"
-        )
     rows = [(way, known[_there(part, key, known, file)]) for key, way in ways.items()]
     shift, scale = np.concatenate([_ends(part, way, row) for way, row in rows], axis=1)
     kinds = {KINDS[way] for way in ways.values()}
     called = [name for key, (_, row) in zip(ways, rows, strict=True) for name in names(key, len(row.mean))]
-    clip = part == "state" and kinds == {"quantile"}
+    clip = tuple(part == "state" and way == "q99" for way, row in rows for _ in row.mean)
     vector = Vector(names=tuple(called), normalisation=kinds.pop() if len(kinds) == 1 else None)
-    return vector, Affine(shift=tuple(shift.tolist()), scale=tuple(scale.tolist()), clip=clip)
+    return vector, Affine(shift=tuple(shift.tolist()), scale=tuple(scale.tolist()), clip=clip if any(clip) else False)
 
 
-def _ends(part: str, way: Way, row: _Row) -> np.ndarray:
+def _ends(part: str, way: str, row: _Row) -> np.ndarray:
     """Shift and scale (2, D) of a group."""
     low, high = np.array([row.q01, row.q99] if way == "q99" else [row.min, row.max])
     if way == "mean_std":
         shift, scale = np.array([row.mean, row.std])
-    elif way == "none":
+    elif KINDS[way] == "none":
         shift, scale = np.zeros_like(low), np.ones_like(low)
     else:
         shift, scale = (low + high) / 2, (high - low) / 2
     as_it_is = (scale == 0) & (part == "state") & (way != "min_max")
     return np.stack([np.where(as_it_is, 0, shift), np.where(as_it_is, 1, scale)])
+
+
+def _angles(does: Transforms, known: dict[str, _Row]) -> Angles | None:
+    ends = np.cumsum([0, *(len(known[key].mean) for key in does.state)]).tolist()
+    turned = [way == "sin_cos" for way in does.state.values()]
+    groups = tuple(group for group, turns in zip(pairwise(ends), turned, strict=True) if turns)
+    return Angles(groups=groups) if groups else None

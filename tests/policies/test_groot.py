@@ -17,6 +17,7 @@ from triune import UserError
 from triune.cli import model as cli
 from triune.config import CONFIGS, load, parse
 from triune.data import Observation
+from triune.data.transforms import Angles
 from triune.policies import Request, TriunePolicy, load_policy, read_checkpoint, verify
 from triune.policies.convert import convert, fitted
 from triune.policies.inputs import Resize
@@ -220,7 +221,7 @@ def rejoin(policy: TriunePolicy) -> None:
 
 LIBERO, NEW, POSES = (SEVEN, "libero_sim"), (SEVEN, "new_embodiment"), (SEVEN, "oxe_droid_relative_eef_relative_joint")
 LIBERO16 = (SIX, "libero_panda")
-NEW15, AGIBOT15 = (FIVE, "new_embodiment"), (FIVE, "agibot_genie1")
+NEW15, AGIBOT15, GR15 = (FIVE, "new_embodiment"), (FIVE, "agibot_genie1"), (FIVE, "gr1")
 PARTS: dict[str, tuple[Robot, Callable[[TriunePolicy], Any]]] = {
     "capitals": (LIBERO, lambda p: change(p, "words", lower=False)),
     "punctuation": (LIBERO, lambda p: change(p, "words", edits=())),
@@ -247,6 +248,7 @@ PARTS: dict[str, tuple[Robot, Callable[[TriunePolicy], Any]]] = {
     "stretching": (AGIBOT15, lambda p: change(p, "resize", shape="fit", crop=None)),
     "registers": (AGIBOT15, lambda p: p.model.registers["registers"].zero_()),
     "refining": (NEW15, lambda p: p.model.mot.experts["vl"].layers[0].down.weight.zero_()),
+    "sines": (GR15, lambda p: setattr(p, "settings", p.settings.model_copy(update={"angles": Angles(groups=((0, 3),))}))),
     "clipped states": (AGIBOT15, lambda p: setattr(p, "state", p.state.model_copy(update={"clip": False}))),
     "Qwen3's final norm": (AGIBOT15, lambda p: setattr(p.model.mot.experts["vlm"], "normed", False)),
 }
@@ -278,7 +280,8 @@ def test_the_checkpoint_says_what_is_known(robot: Robot, converted: Any) -> None
         assert (contract.action.mode, contract.action.normalisation) == (None, "quantile")
     elif line == FIVE:
         kinds = (contract.state.normalisation, contract.action.normalisation)
-        assert kinds == ((None, None) if tag == "new_embodiment" else ("quantile", None)) and contract.action.mode is None
+        told = {"new_embodiment": (None, None), "agibot_genie1": ("quantile", None), "gr1": (None, "min_max")}
+        assert kinds == told[tag] and contract.action.mode is None
     elif tag == "new_embodiment":
         assert (contract.action.mode, contract.action.names) == ("absolute", ("arm_0", "arm_1", "arm_2", "grip"))
         with pytest.raises(UserError, match="the policy takes squares"):
@@ -298,6 +301,20 @@ def test_pictures_become_as_large_as_eagles() -> None:
 def test_cutting_and_a_last_scaling_are_for_squares() -> None:
     with pytest.raises(ValueError, match="crop and first are for pictures that are squares; set shape"):
         Resize(height=56, width=56, first=(64, 64))
+    with pytest.raises(ValueError, match="first is for pictures that are squares; set shape"):
+        Resize(height=56, width=56, shape="stretched", first=(64, 64))
+
+
+@pytest.mark.parametrize("size", [(224, 224), (236, 236), (480, 640), (101, 70), (50, 30), (51, 1)])
+def test_stretched_pictures_are_torchvisions(size: tuple[int, int]) -> None:
+    """Bit for bit: cut in the middle, whose half pixels round to even, scaled in numbers from 0 to 1, cut off."""
+    from torchvision.transforms import v2
+
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    cut = v2.CenterCrop((int(size[0] * 0.95), max(1, int(size[1] * 0.95))))
+    theirs = (v2.Resize((224, 224), antialias=True)(cut(images.float() / 255)) * 255).byte()
+    ours = Resize(height=224, width=224, shape="stretched", filter="smooth", crop=0.95)(images)
+    assert torch.equal(ours, theirs.float())
 
 
 RELEASED: dict[str, tuple[str, int, int, dict[str, Any]]] = {
@@ -426,7 +443,7 @@ BAD15: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "a key": (lambda f: None, ["state.knee=min_max"], r"has no state 'knee', it has hand, arm, turn; correct the data config"),
     "a camera": (lambda f: None, ["cameras=[side]"], "has no video 'side', it has front, wrist"),
     "a way": (lambda f: None, ["state.arm=binary"], "state.arm"),
-    "some clipped": (lambda f: None, ["state.arm=q99"], "q99 clips some of the state and not the rest"),
+    "an action as sine": (lambda f: None, ["action.arm=sin_cos"], "action.arm"),
     "side": (lambda f: None, ["side=112"], "pictures would become 112x112, its vision tower takes 56x56; set side=56"),
     "projected": (config(backbone_cfg={"project_to_dim": 1536}), [], "sets project_to_dim to 1536; only None can be converted"),
     "no head": (config(action_head_cfg=None), [], "config.json has no backbone_cfg and action_head_cfg"),

@@ -49,6 +49,17 @@ KINDS: dict[str, dict[str, Any]] = {
             "chunk": 6,
         },
     },
+    "gr1": {
+        "size": (40, 60),
+        "state": {"arm": 3, "waist": 2, "hand": 2},
+        "action": {"arm": 3, "hand": 2},
+        "config": {
+            "cameras": ["ego", "left", "right"],
+            "state": {"arm": "sin_cos", "waist": "q99", "hand": "sin_cos"},
+            "action": {"arm": "min_max", "hand": "min_max"},
+            "chunk": 8,
+        },
+    },
 }
 """Tag of a robot -> height and width of its pictures, its numbers, and what its transforms do in our words. The second plans fewer steps
 than the network was saved with."""
@@ -171,7 +182,7 @@ def policy(tag: str, folder: Path) -> Any:
     marks = {"unk_token": None, "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
     eagle.tokenizer = Qwen2TokenizerFast(tokenizer_object=tokenizer(SPECIAL), **marks)
     eagle.tokens_per_tile, eagle.image_processor.size = (SIDE // 14) ** 2, {"height": SIDE, "width": SIDE}
-    ways = {p: {f"{p}.{key}": way for key, way in kind[p].items() if way != "none"} for p in ("state", "action")}
+    ways = {p: {f"{p}.{key}": way for key, way in kind[p].items() if way not in ("none", "sin_cos")} for p in ("state", "action")}
     transforms = [
         video.VideoToTensor(apply_to=keys["video"]),
         video.VideoCrop(apply_to=keys["video"], scale=0.95),
@@ -184,6 +195,9 @@ def policy(tag: str, folder: Path) -> Any:
             state_action.StateActionToTensor(apply_to=keys[part]),
             state_action.StateActionTransform(apply_to=keys[part], normalization_modes=ways[part]),
         ]
+    transforms.append(
+        state_action.StateActionSinCosTransform(apply_to=[f"state.{k}" for k, way in kind["state"].items() if way == "sin_cos"])
+    )
     orders = {f"{part}_concat_order": names for part, names in keys.items()}
     sizes = {"max_state_dim": NUMBERS, "max_action_dim": NUMBERS, "state_horizon": 1, "action_horizon": kind["chunk"]}
     transforms += [concat.ConcatTransform(**orders), GR00TTransform(eagle_processor=eagle, **sizes)]
