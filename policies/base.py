@@ -82,9 +82,6 @@ class Policy(ABC):
         """``plan`` of one."""
         return self.plan([request])[0]
 
-    def close(self, session: str) -> None:  # noqa: B027 - a policy that keeps nothing of a session has nothing to forget
-        """Forget a session that has ended, if it was ever begun."""
-
     def warm(self, sessions: int) -> None:
         """Do what the first calls pay for, before anyone waits: compile, capture, allocate.
 

@@ -96,7 +96,12 @@ class RemotePolicy(Policy):
             plans.append(Plan(ActionChunk(answer.actions, answer.rate, answer.time), drawn, answer.value, timing))
         return plans
 
-    def close(self) -> None:
+    def close(self, session: str) -> None:
+        if self.client.connected:
+            with _told(self.client.url):
+                self.client.end(session)
+
+    def disconnect(self) -> None:
         """End the connection."""
         self.client.close()
 

@@ -28,6 +28,7 @@ from ..vla.weights import anchor
 from .base import Plan, Policy, Request
 from .checkpoint import Checkpoint, Dtype, GraphInfo, read_checkpoint
 from .inputs import PlainPrompts, Settings
+from .safety import default_limits
 from .tuning import merge, tune
 
 Method = Literal["plain", "trained", "guided"]
@@ -71,6 +72,7 @@ class TriunePolicy(Policy):
         self.settings = settings or Settings()
         self.state = normaliser(statistics["observation.state"], contract.state)
         self.action = normaliser(statistics["action"], contract.action)
+        self.statistics = statistics
         self.prompts = prompt_encoder(model, self.settings)
         self.image_token = model.vlm(next(n for n, s in model.spec.streams.items() if s.tokens == "prompt")).image_token
         self.sessions: dict[str, _Session] = {}
@@ -91,6 +93,10 @@ class TriunePolicy(Policy):
 
     def close(self, session: str) -> None:
         self.sessions.pop(session, None)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        return default_limits(self.statistics, self.contract, self.settings)
 
     @property
     def realtime(self) -> dict[str, int | bool]:
@@ -166,7 +172,8 @@ class TriunePolicy(Policy):
         if not seen.all():  # image tokens stand in the order of the views, as many of each
             slots = ids == self.image_token
             present[slots] = seen.repeat_interleave(int(slots[0].sum()) // len(views), dim=1).flatten()
-        padded = np.pad(state, ((0, 0), (0, self.model.spec.state_dim - state.shape[1])))
+        felt = self.settings.felt(state)
+        padded = np.pad(felt, ((0, 0), (0, self.model.spec.state_dim - felt.shape[1])))
         return Inputs(images, ids, present, torch.from_numpy(padded)).each(lambda t: t.to(self.device, non_blocking=True))
 
     def _length(self, observation: Observation) -> int:
