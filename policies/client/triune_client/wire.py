@@ -273,7 +273,8 @@ def decode_image(image: EncodedImage, limits: Limits = DEFAULT) -> np.ndarray[An
         with Image.open(BytesIO(image.data), formats=(image.format.upper(),)) as opened:
             if opened.size != (width, height):
                 raise WireError(f"the image is {opened.size[0]} x {opened.size[1]} pixels but its message says {width} x {height}")
-            return np.asarray(opened.convert(MODES[channels])).reshape(image.shape)
+            mode = MODES[channels]
+            return np.asarray(opened if opened.mode == mode else opened.convert(mode)).reshape(image.shape)
     except WireError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
