@@ -225,10 +225,10 @@ def _scalar(entries: Mapping[Any, Any], bin_keys: bool, limits: Limits) -> objec
     fits: tuple[type, ...] = {"b": (bool,), "i": (int,), "u": (int,), "f": (float, int), "U": (str,)}[kind.kind]
     if type(value) not in fits:
         raise WireError(f"a {type(value).__name__} is not a scalar of {kind}")
-    if kind.kind in "iu":
-        span = np.iinfo(kind)
-        if not int(span.min) <= value <= int(span.max):
-            raise WireError(f"{value} is out of the range of {kind}")
+    if kind.kind in "iu" and not int(np.iinfo(kind).min) <= value <= int(np.iinfo(kind).max):
+        raise WireError(f"{value} is out of the range of {kind}")
+    if kind.kind == "f" and math.isfinite(value) and abs(value) > float(np.finfo(kind).max):
+        raise WireError(f"{value} is out of the range of {kind}")
     return kind.type(value)
 
 
