@@ -28,7 +28,7 @@ def trial(
     out: Annotated[Path, typer.Option(help="Folder; a trial that was begun there goes on.")] = Path("runs/trial"),
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Compare two policies on the same starts, in blind random order; one key judges a run, and the exact interval of the difference follows."""
+    """Compare two policies on the same starts, in blind random order: one key judges a run, and each pair mends the exact interval."""
     from contextlib import ExitStack
     from dataclasses import asdict
     from json import dumps

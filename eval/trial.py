@@ -1,7 +1,7 @@
 """``vla trial``: two policies on the same starts, in blind random order, judged run by run.
 
-A folder keeps the plan (``trial.json``) and one line per judged run (``runs.jsonl``), each on the disk before the next run begins, so a trial
-goes on where it was left. While it goes on the policies are X and Y; who they are is said at the end.
+A folder keeps the plan (``trial.json``) and one line per judged run (``runs.jsonl``), each on the disk before the next run begins, so a
+trial goes on where it was left. While it goes on the policies are X and Y; who they are is said at the end.
 """
 
 import json
