@@ -167,6 +167,7 @@ def score(runs: list[Run]) -> Score:
 
 def report(plan: Plan, standing: Score) -> dict[str, Any]:
     """The result of a trial: JSON for machines."""
+    sides: tuple[tuple[Side, str], ...] = (("a", plan.a), ("b", plan.b))
     rows = [
         {
             "policy": name,
@@ -174,7 +175,7 @@ def report(plan: Plan, standing: Score) -> dict[str, Any]:
             "pairs": standing.pairs,
             "ci95": list(wilson(standing.successes[side], standing.pairs)),
         }
-        for side, name in (("a", plan.a), ("b", plan.b))
+        for side, name in sides
     ]
     out = {"body": plan.body, "policies": rows, "only_a": standing.only_a, "only_b": standing.only_b}
     return out | {"difference": standing.difference, "ci95": list(standing.ci95), "loop": plan.loop}
