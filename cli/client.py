@@ -21,8 +21,8 @@ def client(
     mapping: Annotated[str | None, typer.Option(help="Which cameras and numbers are which: a name in configs/robot, or a file.")] = None,
     instruction: Annotated[str, typer.Option(help="What a robot is to do.")] = "",
     mode: Annotated[
-        Literal["sync", "async", "rtc", "ensemble"], typer.Option(help="Wait for answers, or go on while they are computed.")
-    ] = "rtc",
+        Literal["auto", "sync", "async", "rtc", "ensemble"], typer.Option(help="Wait for answers (sync), or go on while they are computed.")
+    ] = "auto",
     executed: Annotated[int | None, typer.Option(min=1, help="Actions executed between two questions.")] = None,
     rate: Annotated[float | None, typer.Option(min=0.1, help="Control rate in Hz, where it is not the body's own.")] = None,
     episodes: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
