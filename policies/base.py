@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,11 @@ class Policy(ABC):
     for any batch composition and any number of workers."""
 
     contract: Contract
+
+    @property
+    def limits(self) -> dict[str, Any] | None:
+        """What may be sent to its robot, as ``triune_client.ActionLimits.from_dict`` reads it; ``None`` where it knows none."""
+        return None
 
     @abstractmethod
     def reset(self, session: str, seed: int) -> None:

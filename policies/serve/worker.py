@@ -51,7 +51,7 @@ def make(name: str, arguments: dict[str, Any]) -> Policy:
 
 def introduction(policy: Policy) -> dict[str, Any]:
     """What the server must know of its policy."""
-    return {"contract": policy.contract.model_dump(mode="json")}
+    return {"contract": policy.contract.model_dump(mode="json"), "limits": policy.limits}
 
 
 def turn(policy: Policy, commands: dict[str, Any]) -> dict[str, Any]:
