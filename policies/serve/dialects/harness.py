@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from triune_client.chunks import ChunkBroker
+from triune_client.wire import pack
 
 from ....data import Contract
 from ....data.contract import Vector
@@ -65,7 +66,7 @@ async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
                             broker.put(reply.actions)
                         except ValueError as error:
                             raise Refusal("internal", f"the policy's answer is no chunk: {error}") from None
-                    await _send(line, "action", {"actions": _array(broker.next())}, number)
+                    await _send(line, "action", {"actions": broker.next()}, number)
                 elif kind == "episode_end":
                     broker = None
                     await service.close(session)
@@ -136,10 +137,15 @@ def _hello(payload: Mapping[Any, Any], contract: Contract, welcome: Mapping[str,
     }
 
 
-def _array(values: np.ndarray) -> dict[str, Any]:
-    """An array in the harness's words, whose keys are text."""
+def packed(kind: str, payload: Mapping[str, Any], number: int, now: float) -> bytes:
+    """A message in the harness's bytes: the keys of its arrays are text."""
+    plain = {key: _words(value) if isinstance(value, np.ndarray) else value for key, value in payload.items()}
+    return pack({"type": kind, "payload": plain, "seq": number, "timestamp": now})
+
+
+def _words(values: np.ndarray) -> dict[str, Any]:
     return {"__ndarray__": True, "data": values.tobytes(), "dtype": values.dtype.str, "shape": list(values.shape)}
 
 
 async def _send(line: Line, kind: str, payload: dict[str, Any], number: int) -> None:
-    await line.send({"type": kind, "payload": payload, "seq": number, "timestamp": time.time()})
+    await line.connection.send(packed(kind, payload, number, time.time()))
