@@ -37,7 +37,6 @@ def client(
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Drive a world, a recorded episode or a robot with a served policy, at wall-clock rate: success, stalls, reaction time, smoothness."""
-    import os
     from dataclasses import asdict
     from json import dumps
 
@@ -45,7 +44,7 @@ def client(
     from ..data import Contract
     from ..data.files import write_file
     from ..errors import UserError
-    from ..policies.remote import connect
+    from ..policies.remote import open_remote
 
     try:
         from ..eval.bodies import open_body
@@ -53,9 +52,9 @@ def client(
     except ImportError as error:
         raise UserError(f"driving needs the client of action servers, which is not here ({error}): pip install triune-client") from None
 
-    token = token_file.read_text().split("\n")[0].strip() if token_file is not None else os.environ.get("TRIUNE_TOKEN")
+    token = None if token_file is None else token_file.read_text().split("\n")[0].strip()
     size = None if resize is None else _size(resize)
-    with connect(url, token=token, ca=ca, jpeg=jpeg, resize=size) as link:
+    with open_remote(url, token=token, ca=ca, jpeg=jpeg, resize=size).client as link:
         like = parse(Contract, link.welcome.contract, f"the contract of {url}")
         options = None if robot is None else {"type": robot} | _options(option or [])
         body = open_body(world=world, episode=episode, robot=options, mapping=mapping, instruction=instruction, like=like)

@@ -68,6 +68,9 @@ class LeRobotPolicy(Policy):
     def reset(self, session: str, seed: int) -> None:
         self.sessions[session] = (seed, 0)
 
+    def close(self, session: str) -> None:
+        self.sessions.pop(session, None)
+
     def plan(self, requests: list[Request]) -> list[Plan]:
         """See ``Policy``.
 

@@ -44,6 +44,7 @@ class Reply:
         timing: stage -> milliseconds; ``queue`` is what the request waited for others.
         events: what the guard changed, ``<kind> <dimension>`` -> at how many steps.
         foresight: camera -> uint8 (H, W, 3), where it was asked for.
+        samples: float32 (N, C, A), all chunks as the policy drew them, where several were asked for; the guard keeps ``actions`` alone.
     """
 
     actions: np.ndarray
@@ -53,6 +54,7 @@ class Reply:
     value: float | None = None
     events: dict[str, int] = field(default_factory=dict)
     foresight: dict[str, np.ndarray] = field(default_factory=dict)
+    samples: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +216,8 @@ class Service:
             seconds = time.perf_counter() - began
             self._heard(Exchange(request, session.seed if session else 0, session.step if session else 0, None, refusal, seconds))
             raise
-        reply = Reply(actions, chunk["rate"], chunk["time"], answer["timing"], answer["value"], events, answer["foresight"])
+        said = (answer["timing"], answer["value"], events, answer["foresight"], answer["samples"])
+        reply = Reply(actions, chunk["rate"], chunk["time"], *said)
         self._heard(Exchange(request, session.seed, session.step, reply, None, time.perf_counter() - began))
         session.step += 1
         return reply
