@@ -185,16 +185,20 @@ async def _decoded(value: Any, camera: str, limits: Limits) -> np.ndarray:
 
 def _numbers(value: Any, key: str) -> np.ndarray:
     """float32 (D,) of numbers as a scalar, or the last row of an array (..., D)."""
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        array = np.asarray(None)
+    array = np.asarray(value if _plain(value) else None)
     if array.dtype.kind not in "biuf":
         raise Refusal("bad_request", f"'{key}' must be an array of numbers")
     if not array.size:
         return np.zeros(0, np.float32)
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and an observation must be finite
         return array.reshape(-1, array.shape[-1] if array.ndim else 1)[-1].astype(np.float32)
+
+
+def _plain(value: Any) -> bool:
+    """Whether NumPy may look at it: a text in a list would make every entry as long."""
+    if isinstance(value, list):
+        return all(not isinstance(each, list) and _plain(each) for each in value)
+    return isinstance(value, int | float | np.number | np.bool_ | np.ndarray)
 
 
 def _path(key: str) -> str:

@@ -20,6 +20,11 @@ class Connection(Protocol):
     async def send(self, message: Any, /) -> None: ...
 
 
+def word(value: object) -> str:
+    """A client's word as a sentence may repeat it; of anything but text only what it is."""
+    return value[:40] if isinstance(value, str) else f"({type(value).__name__})"
+
+
 @dataclass
 class Line:
     """Frames in and out.

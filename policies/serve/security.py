@@ -46,7 +46,7 @@ class Token:
         """Whether ``given`` is the token, in a time that does not tell how much of it is right."""
         if self._secret is None:
             return True
-        return hmac.compare_digest(self._secret, (given or "").encode())
+        return hmac.compare_digest(self._secret, (given or "").encode(errors="surrogateescape"))
 
     def admits_header(self, authorization: str | None) -> bool:
         """The same for a header ``Authorization: Bearer <token>``, openpi's ``Api-Key <token>``, or the password of ``Basic``, which

@@ -146,6 +146,7 @@ class Server:
             self._sockets[name] = await opened(port)
         except OSError as error:
             raise UserError(f"cannot listen on {self.config.host}:{port} ({error.strerror}); choose another {name}=") from None
+        logger.info("%s is %s:%d", name, self.config.host, self.port_of(name))
 
     def _websocket(self, port: int, dialects: Mapping[str, Dialect]) -> Awaitable[Socket]:
         return serve(

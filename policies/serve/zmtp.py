@@ -67,6 +67,7 @@ class Peer:
             except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
                 return
             yield body
+            await asyncio.sleep(0)  # what a flood has put into the buffer is not read in one go
 
     async def send(self, body: bytes) -> None:
         """Answer the latest request.
@@ -97,6 +98,7 @@ class Peer:
                 if body.startswith(b"\x04PING"):
                     self._put(b"\x04PONG" + body[7:], COMMAND)
                     await self._flushed()
+                await asyncio.sleep(0)
             elif flags & MORE:
                 envelope.append(body)
                 if len(envelope) == PARTS or delimited:

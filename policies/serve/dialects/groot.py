@@ -21,13 +21,13 @@ import numpy as np
 from triune_client.wire import Limits, WireError, array, pack
 
 from ....data import Contract
-from ..keys import Keys, bare, flatten
-from ..line import Line
+from ..keys import PROMPTS, ROOTS, Keys, bare, flatten
+from ..line import Line, word
 from ..security import public
 from ..service import Refusal, Service
 from .sessions import Sessions
 
-MODALITIES = ("video/", "state/", "language/", "annotation/")
+MODALITIES = ("video/", "state/", *ROOTS, *PROMPTS)
 HEADER = re.compile(rb"\{'descr': '([^']{1,8})', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), \} *\n")
 """What ``np.save`` writes of an array of numbers; anything else is refused, so nothing has to be parsed as Python."""
 LANGUAGE = "annotation.human.task_description"
@@ -94,7 +94,8 @@ def nd(entries: Mapping[Any, Any], limits: Limits) -> object:
     Raises:
         WireError: it is neither.
     """
-    if entries.get(b"kind", b"") not in (b"", ""):
+    kind = entries.get(b"kind", b"")
+    if not isinstance(kind, bytes | str) or kind:
         raise WireError("only plain arrays are accepted, no objects and no records")
     if entries[b"nd"] is True:
         return array(entries.get(b"data"), entries.get(b"type"), entries.get(b"shape"), limits)
@@ -127,7 +128,7 @@ class Talk:
         token = message.get("api_token")
         if not self.line.token.admits(token if isinstance(token, str) else None):
             raise Refusal("unauthorized", "Unauthorized: Invalid API token")
-        endpoint, data = message.get("endpoint", "get_action"), message.get("data")
+        endpoint, data = word(message.get("endpoint", "get_action")), message.get("data")
         contract, keys = self.sessions.service.contract, self.line.keys
         if endpoint == "ping":
             return {"status": "ok", "message": "Server is running"}
@@ -140,7 +141,7 @@ class Talk:
             raise Refusal("bad_request", "kill is not served: no client ends this server; whoever started it sends SIGTERM")
         if endpoint != "get_action":
             known = "ping, get_action, reset, get_modality_config"
-            raise Refusal("bad_request", f"there is no endpoint '{str(endpoint)[:40]}'; known: {known}")
+            raise Refusal("bad_request", f"there is no endpoint '{endpoint}'; known: {known}")
         if not isinstance(data, dict):
             raise Refusal("bad_request", "get_action needs data: an observation")
         self.flat = "observation" not in data
@@ -186,7 +187,8 @@ def batch(leaves: Mapping[str, Any], most: int) -> int | None:
 
 def _place(key: str, value: Any, place: int) -> Any:
     """What one place of a batch has; words that are given once are for all."""
-    if not key.startswith(MODALITIES) or isinstance(value, str) or not isinstance(value, list | np.ndarray) or not len(value):
+    many = (isinstance(value, list) and len(value)) or (isinstance(value, np.ndarray) and value.ndim and len(value))
+    if not key.startswith(MODALITIES) or not many:
         return value
     if place >= len(value) > 1:
         raise Refusal("bad_request", f"'{key[:60]}' has {len(value)} places, and the batch has more")

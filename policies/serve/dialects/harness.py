@@ -23,7 +23,7 @@ from triune_client.wire import pack
 from ....data import Contract
 from ....data.contract import Vector
 from ...base import Request
-from ..line import Line
+from ..line import Line, word
 from ..security import public
 from ..service import Refusal, Service
 
@@ -72,7 +72,7 @@ async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
                     await service.close(session)
                 elif kind != "error":  # a client's own; there is nobody here to tell
                     known = "hello, episode_start, observation, episode_end"
-                    raise Refusal("bad_request", f"there is no message '{kind[:40]}'; known: {known}")
+                    raise Refusal("bad_request", f"there is no message '{word(kind)}'; known: {known}")
             except Refusal as refusal:
                 await _send(line, "error", {"error": public(str(refusal))}, number)
     finally:
@@ -123,8 +123,9 @@ def _head(message: Any) -> tuple[str, dict[Any, Any], int]:
 
 def _hello(payload: Mapping[Any, Any], contract: Contract, welcome: Mapping[str, Any]) -> dict[str, Any]:
     theirs = payload.get("protocol_version", PROTOCOL)
-    if theirs != PROTOCOL:
-        raise Refusal("bad_request", f"this server speaks version {PROTOCOL} of the harness's protocol, the client {str(theirs)[:20]}")
+    if not isinstance(theirs, int) or theirs != PROTOCOL:
+        came = theirs if isinstance(theirs, int) else word(theirs)
+        raise Refusal("bad_request", f"this server speaks version {PROTOCOL} of the harness's protocol, the client {came}")
     wrist = any("wrist" in name or "hand" in name for name in contract.camera_names)
     return {
         "harness_version": welcome["server"],

@@ -23,10 +23,12 @@ import numpy as np
 
 from ....data import Contract, Observation
 from ..keys import Keys
-from ..line import Line
+from ..line import Line, word
 from ..security import public
 from ..service import Refusal, Service
 from .sessions import Sessions
+
+INFER = ("infer", "predict_action")
 
 
 async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
@@ -85,15 +87,15 @@ def _is_typed(message: Mapping[Any, Any]) -> bool:
 
 
 async def _typed(message: dict[str, Any], line: Line, sessions: Sessions, unnorm_key: str) -> dict[str, Any]:
-    kind = message.get("type", "infer")
+    kind = word(message.get("type", "infer"))
     if kind == "ping":
         return _head(message, "ping")
-    if kind not in ("infer", "predict_action"):
-        raise Refusal("bad_request", f"there is no message '{str(kind)[:40]}'; known: infer, ping")
+    if kind not in INFER:
+        raise Refusal("bad_request", f"there is no message '{kind}'; known: infer, ping")
     payload = message.get("payload", {key: value for key, value in message.items() if key not in ("type", "request_id")})
     if not isinstance(payload, dict):
         raise Refusal("bad_request", "payload must be a map")
-    if payload.get("unnorm_key") not in (None, unnorm_key):
+    if payload.get("unnorm_key") is not None and word(payload["unnorm_key"]) != word(unnorm_key):
         raise Refusal("bad_request", f"the one unnorm_key of this policy is '{unnorm_key}'; send it, or none")
     contract = sessions.service.contract
     if "examples" in payload:
@@ -130,5 +132,5 @@ async def _refuse(message: Any, sentence: str, line: Line) -> None:
     if not isinstance(message, dict) or not _is_typed(message):
         await line.connection.send(sentence)
         return
-    kind = {"infer": "inference_result", "predict_action": "inference_result"}.get(str(message.get("type", "infer")), "unknown")
+    kind = "inference_result" if word(message.get("type", "infer")) in INFER else "unknown"
     await line.send(_head(message, kind, "error") | {"error": {"message": sentence}})
