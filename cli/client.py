@@ -56,7 +56,7 @@ def client(
     size = None if resize is None else _size(resize)
     with open_remote(url, token=token, ca=ca, jpeg=jpeg, resize=size).client as link:
         like = parse(Contract, link.welcome.contract, f"the contract of {url}")
-        options = None if robot is None else {"type": robot} | _options(option or [])
+        options = None if robot is None else {"type": robot} | open_options(option or [])
         body = open_body(world=world, episode=episode, robot=options, mapping=mapping, instruction=instruction, like=like)
         try:
             like.require(body.contract, "the served policy", body.name)
@@ -103,7 +103,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-def _options(items: list[str]) -> dict[str, Any]:
+def open_options(items: list[str]) -> dict[str, Any]:
     """``a.b=c`` of a robot's configuration as a tree."""
     import yaml
 

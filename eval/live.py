@@ -1,6 +1,6 @@
 """``vla client``: a body driven by a policy behind a server, on the wall clock, and what came of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -73,7 +73,7 @@ def drive(
     body: Body,
     client: Client,
     loop: Loop,
-    seeds: Iterator[int] | range,
+    seeds: Iterable[int],
     clock: Clock | None = None,
     told: Callable[[Drive], None] | None = None,
 ) -> list[Drive]:

@@ -91,7 +91,7 @@ class Packed(nn.Module):
 
     def forward(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S Z"]:
         if torch.is_grad_enabled() and x.requires_grad:
-            return _Derived.apply(x, self)
+            return cast(Tensor, _Derived.apply(x, self))  # type: ignore[no-untyped-call]
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.then)
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, PositiveInt
 
 from ...config import parse
 from ...data import Camera, Contract, Vector
-from ...data.transforms import Affine, Relative, RelativePose
+from ...data.transforms import Affine, Angles, Relative, RelativePose
 from ...errors import UserError
 from ..inputs import Resize
 from .base import read_json
@@ -82,7 +82,7 @@ def read_robot(source: Path, asked: Asked, horizon: int, multiple: int | None = 
     tag = choose(source, asked.embodiment, [tag for tag in processor.modality_configs if tag in statistics and tag in ids])
     parts, known = processor.modality_configs[tag], statistics[tag]
     check_robot(tag, parts, processor, horizon)
-    state, felt, places = read_state(parts["state"], known, processor)
+    state, felt, places, angles = read_state(parts["state"], known, processor)
     action, done, relative, poses = read_action(parts["action"], known, processor, places)
     chunk = len(parts["action"].delta_indices)
     return Robot(
@@ -103,6 +103,7 @@ def read_robot(source: Path, asked: Asked, horizon: int, multiple: int | None = 
         edits=((r"[^\w\s]", ""),) if processor.formalize_language else (),
         relative=relative,
         poses=poses,
+        angles=angles,
     )
 
 
@@ -111,13 +112,9 @@ def check_robot(tag: str, robot: Mapping[str, Part], processor: Processor, horiz
     for name in ("video", "state"):
         if robot[name].delta_indices != [0]:
             raise UserError(f"{tag} looks at {name} of steps {robot[name].delta_indices}; only the present one can be converted")
-    if processor.apply_sincos_state_encoding and robot["state"].sin_cos_embedding_keys:
-        keys = ", ".join(robot["state"].sin_cos_embedding_keys)
-        raise UserError(f"{tag} gives the state's {keys} as sine and cosine, for which a checkpoint has no words; choose another robot")
-    for name in ("state", "action"):
-        if robot[name].mean_std_embedding_keys:
-            keys = ", ".join(robot[name].mean_std_embedding_keys or ())
-            raise UserError(f"{tag} normalises the {name}'s {keys} by mean and deviation and others by range; only ranges can be converted")
+    if robot["action"].mean_std_embedding_keys:
+        keys = ", ".join(robot["action"].mean_std_embedding_keys)
+        raise UserError(f"{tag} normalises the actions' {keys} by mean and deviation, which clips one way; only ranges can be converted")
     if robot["state"].exclude_state:
         raise UserError(f"{tag} does not look at its state, for which a checkpoint has no words; choose another robot")
     for key, group in zip(robot["action"].modality_keys, robot["action"].action_configs or (), strict=False):
@@ -137,21 +134,33 @@ def _ends(known: Mapping[str, Any], part: str, key: str, ends: tuple[str, str]) 
     return np.array(rows[ends[0]]), np.array(rows[ends[1]])
 
 
-def read_state(part: Part, known: Mapping[str, Any], processor: Processor) -> tuple[Vector, Affine, dict[str, int]]:
-    """Names, normalisation, and where each group begins. A number that never varies becomes 0 whatever it is."""
+def read_state(part: Part, known: Mapping[str, Any], processor: Processor) -> tuple[Vector, Affine, dict[str, int], Angles | None]:
+    """Names, normalisation, where each group begins, and which are angles. A number that never varies becomes 0 by its range, whatever it
+    is, and stays what it is by its deviation."""
     ends = ("q01", "q99") if processor.use_percentiles else ("min", "max")
+    turned = (part.sin_cos_embedding_keys or ()) if processor.apply_sincos_state_encoding else ()
     called: list[str] = []
     places: dict[str, int] = {}
     rows: list[np.ndarray] = []
+    clip: list[bool] = []
     for key in part.modality_keys:
+        by_range = key not in turned and key not in (part.mean_std_embedding_keys or ())
         low, high = _ends(known, "state", key, ends)
+        if by_range:
+            rows.append(np.stack([low, np.where(np.isclose(high, low), 0.0, high - low) / 2]))
+        else:
+            mean, std = (np.zeros_like(low), np.ones_like(low)) if key in turned else _ends(known, "state", key, ("mean", "std"))
+            rows.append(np.where(std == 0, [[-1.0], [1.0]], np.stack([mean - std, std])))
         places[key] = len(called)
         called += names(key, len(low))
-        rows.append(np.stack([low, np.where(np.isclose(high, low), 0.0, high - low) / 2]))
-    low, half = np.concatenate(rows, axis=1)
+        clip += [by_range] * len(low)
+    shift, scale = np.concatenate(rows, axis=1)
     kind: Literal["quantile", "min_max"] = "quantile" if processor.use_percentiles else "min_max"
-    affine = Affine(shift=tuple(low.tolist()), scale=tuple(half.tolist()), bias=-1.0, clip=True)
-    return Vector(names=tuple(called), normalisation=kind), affine, places
+    affine = Affine(shift=tuple(shift.tolist()), scale=tuple(scale.tolist()), bias=-1.0, clip=all(clip) or tuple(clip))
+    sizes = dict(zip(places, np.diff([*places.values(), len(called)]).tolist(), strict=True))
+    groups = tuple((places[key], places[key] + sizes[key]) for key in places if key in turned)
+    vector = Vector(names=tuple(called), normalisation=kind if all(clip) else None)
+    return vector, affine, places, Angles(groups=groups) if groups else None
 
 
 def read_action(

@@ -85,6 +85,26 @@ def test_limiting_twice_is_limiting_once(row: dict[str, Any], history: list[floa
     assert [e for e in events if e.kind != "unchecked"] == []
 
 
+@given(data=st.data(), several=st.lists(rows(), min_size=1, max_size=4), count=st.integers(1, 10), small=st.booleans())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_dimensions_do_not_meet(data: st.DataObject, several: list[dict[str, Any]], count: int, small: bool) -> None:
+    """Each dimension of a chunk is what a guard of its own makes of it."""
+    wide = st.floats(-1, 1) if small else ANY
+    many = [{**row, "name": f"d{i}", "state": i} for i, row in enumerate(several)]
+    chunk = np.array([[data.draw(wide) for _ in many] for _ in range(count)])
+    state = np.array([data.draw(NUMBER) for _ in many])
+    told = state if data.draw(st.booleans()) else None
+    safe, events = guard(*many).check_chunk(chunk, told)
+    assert safe is not None
+    alone = 0
+    for i, row in enumerate(several):
+        one, found = guard(row | {"state": 0}).check_chunk(chunk[:, i : i + 1], None if told is None else state[i : i + 1])
+        assert one is not None
+        np.testing.assert_array_equal(safe[:, i], one[:, 0])
+        alone += len(found)
+    assert alone == len(events)
+
+
 @given(row=rows(), wanted=st.lists(ANY, min_size=1, max_size=10), state=NUMBER)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_a_chunk_is_its_actions_one_by_one(row: dict[str, Any], wanted: list[float], state: float) -> None:

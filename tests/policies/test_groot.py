@@ -220,7 +220,7 @@ def rejoin(policy: TriunePolicy) -> None:
 
 
 LIBERO, NEW, POSES = (SEVEN, "libero_sim"), (SEVEN, "new_embodiment"), (SEVEN, "oxe_droid_relative_eef_relative_joint")
-LIBERO16 = (SIX, "libero_panda")
+LIBERO16, GR16 = (SIX, "libero_panda"), (SIX, "gr1")
 NEW15, AGIBOT15, GR15 = (FIVE, "new_embodiment"), (FIVE, "agibot_genie1"), (FIVE, "gr1")
 PARTS: dict[str, tuple[Robot, Callable[[TriunePolicy], Any]]] = {
     "capitals": (LIBERO, lambda p: change(p, "words", lower=False)),
@@ -242,6 +242,8 @@ PARTS: dict[str, tuple[Robot, Callable[[TriunePolicy], Any]]] = {
     "layer norm": (LIBERO16, lambda p: setattr(p.model.mot.experts["act"], "adapter", torch.nn.Identity())),
     "turns without refining": (LIBERO16, lambda p: cross(p, turns=("all",))),
     "patches": (LIBERO16, shuffle),
+    "N1.6's sines": (GR16, lambda p: setattr(p, "settings", p.settings.model_copy(update={"angles": Angles(groups=((0, 2),))}))),
+    "each clips for itself": (GR16, lambda p: setattr(p, "state", p.state.model_copy(update={"clip": True}))),
     "Eagle 2.5's chat": (NEW15, lambda p: prompt(p, p.contract.prompt.removesuffix("<|im_start|>assistant\n"))),
     "where a cut begins": (NEW15, lambda p: change(p, "resize", crop=0.93)),
     "antialiasing": (NEW15, lambda p: change(p, "resize", filter="bilinear")),
@@ -379,10 +381,6 @@ def processor(**changes: Any) -> Callable[[Path], None]:
     return edit("processor_config", lambda tree: tree["processor_kwargs"].update(changes))
 
 
-def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
-    return lambda folder: [change(folder) for change in changes] and None
-
-
 def config(**changes: Any) -> Callable[[Path], None]:
     return edit("config", lambda tree: tree.update(changes))
 
@@ -397,11 +395,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "history": (config(state_history_length=2), "sets state_history_length to 2; only 1"),
     "torchvision": (processor(use_albumentations=False), "sets use_albumentations to False"),
-    "sines": (
-        both(processor(apply_sincos_state_encoding=True), robot(lambda r: r["state"].update(sin_cos_embedding_keys=["arm"]))),
-        "gives the state's arm as sine and cosine",
-    ),
-    "deviations": (robot(lambda r: r["action"].update(mean_std_embedding_keys=["grip"])), "normalises the action's grip by mean"),
+    "deviations": (robot(lambda r: r["action"].update(mean_std_embedding_keys=["grip"])), "normalises the actions' grip by mean"),
     "poses": (
         robot(lambda r: r["action"]["action_configs"][0].update(type="EEF")),
         "from the hand's own frame as DEFAULT; only XYZ_ROT6D",

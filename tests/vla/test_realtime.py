@@ -55,8 +55,8 @@ def _ours(how: Realtime, noise: Tensor, left: Tensor, delay: int) -> Tensor:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("jacobian", [True, False])
 def test_guidance_is_lerobots(schedule: str, jacobian: bool) -> None:
-    """lerobot 0.6.1's time runs from 1 (noise) to 0 and its velocity is noise - data. It computes the velocity before it asks for gradients,
-    so that its Jacobian is the identity; with a velocity that asks for them itself it is the paper's."""
+    """lerobot 0.6.1's time runs from 1 (noise) to 0 and its velocity is noise - data. It computes the velocity before it asks for
+    gradients, so that its Jacobian is the identity; with a velocity that asks for them itself it is the paper's."""
     from lerobot.configs import RTCAttentionSchedule
     from lerobot.policies.common.flow_matching import euler_integrate
     from lerobot.policies.rtc.configuration_rtc import RTCConfig

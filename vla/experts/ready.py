@@ -112,7 +112,7 @@ class ReadyDecoder(Ready):
 
 @dataclass(frozen=True)
 class _Steps:
-    """A norm in every run: the weight and, where it is adaptive, shift and gate, (D,) each. Those of ``settled`` tokens (B, T, 1) come last."""
+    """A norm in every run: the weight and, where it is adaptive, shift and gate, (D,) each; those of ``settled`` tokens (B, T, 1) last."""
 
     weights: tuple[Tensor, ...]
     shifts: tuple[Tensor, ...] | None
