@@ -6,7 +6,9 @@ header was read, and a connection is a connection.
 """
 
 import asyncio
+import socket
 import struct
+import sys
 from collections.abc import AsyncIterator
 
 MORE, LONG, COMMAND = 1, 2, 4
@@ -34,6 +36,11 @@ class Peer:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit: int, patience: float = 60.0) -> None:
         self.reader, self.writer, self.limit, self.patience = reader, writer, limit, patience
         self._envelope: list[bytes] = []
+        tcp = writer.get_extra_info("socket")
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if sys.platform == "linux":  # a client whose machine has gone without a word is noticed after 50 seconds
+            for option, value in ((socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3)):
+                tcp.setsockopt(socket.IPPROTO_TCP, option, value)
 
     async def greet(self) -> None:
         """Shake hands.
