@@ -21,7 +21,7 @@ def trial(
     mapping: Annotated[str | None, typer.Option(help="Which of its cameras and numbers are which.")] = None,
     instruction: Annotated[str, typer.Option(help="What the robot is to do.")] = "",
     pairs: Annotated[int, typer.Option(min=1, help="Starts; each is run by both. Decide before you begin.")] = 20,
-    mode: Annotated[Literal["sync", "async", "rtc", "ensemble"], typer.Option(help="As in `vla client`.")] = "sync",
+    mode: Annotated[Literal["auto", "sync", "async", "rtc", "ensemble"], typer.Option(help="As in `vla client`.")] = "sync",
     seconds: Annotated[float, typer.Option(min=0.1, help="After which a run is ended.")] = 60.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the first start.")] = 1_000_000,
     ask: Annotated[bool, typer.Option(help="Ask for success or failure of simulated runs, too.")] = False,
