@@ -68,6 +68,8 @@ class TriunePolicy(Policy):
         self.settings = settings or Settings()
         self.state = normaliser(statistics["observation.state"], contract.state)
         self.action = normaliser(statistics["action"], contract.action)
+        known = {"state": statistics["observation.state"], "action": statistics["action"]}
+        self.bands = {part: (s.q01, s.q99) for part, s in known.items() if isinstance(s, Statistics)}
         self.prompts = prompt_encoder(model, self.settings)
         self.image_token = model.vlm(next(n for n, s in model.spec.streams.items() if s.tokens == "prompt")).image_token
         self.sessions: dict[str, _Session] = {}
@@ -85,6 +87,9 @@ class TriunePolicy(Policy):
 
     def reset(self, session: str, seed: int) -> None:
         self.sessions[session] = _Session(seed)
+
+    def skip(self, session: str, plans: int) -> None:
+        self.sessions[session].step += plans
 
     def plan(self, requests: list[Request]) -> list[Plan]:
         """See ``Policy``. Requests whose prompts are padded to one length are answered together.
@@ -123,7 +128,7 @@ class TriunePolicy(Policy):
                 session.seen = [*session.seen, self._seen(request.observation)][1 - frames :]
         actions = self.action.unnormalise(outputs.actions.float().cpu().numpy()[:, : self.contract.chunk, : self.contract.action.size])
         actions = self.settings.absolute(actions, np.stack([r.observation.state for r in padded]))
-        timing = {"encode": 1e3 * (encoded - began), "model": 1e3 * (time.perf_counter() - encoded)}
+        timing = {"encode": 1e3 * (encoded - began), "model": 1e3 * (time.perf_counter() - encoded)} | outputs.timing
         rate = self.contract.rate or 0.0
         return [
             Plan(ActionChunk(actions[i], rate, r.observation.timestamp), self._drawing(outputs.foresight, i), timing=timing)

@@ -1,7 +1,7 @@
 """One websocket connection as a dialect sees it."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ class Line:
         seed: of the first session that it begins without one.
         in_flight: requests that it may have under way.
         deadline: seconds for requests that bring none.
+        timed: is told what a stage of a message took, in milliseconds.
     """
 
     connection: ServerConnection
@@ -31,6 +32,7 @@ class Line:
     rate: Rate
     in_flight: int = 16
     deadline: float | None = None
+    timed: Callable[[str, float], None] = lambda stage, ms: None
     decoded: float = 0.0
 
     async def frames(self) -> AsyncIterator[bytes | str]:
@@ -54,8 +56,12 @@ class Line:
         except WireError as error:
             raise Refusal("bad_request", str(error)) from None
         self.decoded = 1e3 * (time.perf_counter() - began)
+        self.timed("decode", self.decoded)
         return message
 
     async def send(self, message: Any) -> None:
         """Send one message."""
-        await self.connection.send(pack(message))
+        began = time.perf_counter()
+        frame = pack(message)
+        self.timed("encode", 1e3 * (time.perf_counter() - began))
+        await self.connection.send(frame)

@@ -24,8 +24,9 @@ from ...errors import UserError
 from .config import Serve
 from .dialects import triune
 from .line import Line
+from .operations import Operations
 from .security import Rate, Token, tls
-from .service import Service
+from .service import Refusal, Service
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ class Server:
             "/readyz": self._readyz,
             "/health": lambda: (200, "application/json", json.dumps({"status": "ok"}).encode()),
         }
+        self.operations = Operations(config, service, name)
+        self.pages |= self.operations.pages
         self.draining = False
         self._numbers = itertools.count()
         self._lines: set[asyncio.Task[Any]] = set()
@@ -92,7 +95,11 @@ class Server:
         Raises:
             UserError: the policy cannot be loaded, or the port is taken.
         """
-        await self.service.start()
+        try:
+            await self.service.start()
+        except BaseException:
+            self.operations.close()
+            raise
         try:
             self._socket = await serve(
                 self._serve,
@@ -108,6 +115,7 @@ class Server:
             )
         except OSError as error:
             await self.service.stop()
+            self.operations.close()
             raise UserError(f"cannot listen on {self.config.host}:{self.config.port} ({error.strerror}); choose another port=") from None
 
     async def run(self) -> None:
@@ -119,6 +127,7 @@ class Server:
         loop, told = asyncio.get_running_loop(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, told.set)
+        loop.add_signal_handler(signal.SIGUSR1, self.operations.record)
         while not told.is_set() and self.service.failed is None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(told.wait(), timeout=0.5)
@@ -127,16 +136,16 @@ class Server:
             raise UserError(str(self.service.failed))
 
     async def stop(self) -> None:
-        """Take no more connections and requests, answer those in flight, close."""
+        """Take no more connections and requests, answer those in flight, close. Until then /readyz says 503."""
         self.draining = True
-        if self._socket is not None:
-            self._socket.close(close_connections=False)
         await self.service.drain(self.config.drain)
         if self._socket is not None:
+            self._socket.close(close_connections=False)
             for connection in self._socket.connections:
                 await connection.close(1001, "the server is stopping")
             await self._socket.wait_closed()
         await self.service.stop()
+        await asyncio.to_thread(self.operations.close)
 
     def _readyz(self) -> tuple[int, str, bytes]:
         ready = self.service.ready and not self.draining
@@ -149,8 +158,10 @@ class Server:
         if path in ("/healthz", "/readyz", "/health"):
             return _page(*self.pages[path]())
         if not self.knocks.allows(address):
+            self.service.refused(Refusal("busy", "too many connections"), address)
             return _page(429, "text/plain", b"too many connections; wait some seconds\n")
         if not self.token.admits_header(request.headers.get("Authorization")):
+            self.service.refused(Refusal("unauthorized", "no token, or another one"), address)
             return _page(401, "text/plain", b"this server needs its token: Authorization: Bearer <token>\n")
         if path in self.pages:
             return _page(*self.pages[path]())
@@ -166,7 +177,7 @@ class Server:
         config = self.config
         deadline = None if config.deadline_ms is None else config.deadline_ms / 1e3
         seed = config.seed + number
-        line = Line(connection, f"c{number}", address, seed, self.limits, self.rate, config.in_flight, deadline)
+        line = Line(connection, f"c{number}", address, seed, self.limits, self.rate, config.in_flight, deadline, self.service.timed)
         self.connections[address] += 1
         logger.info("%s connected from %s to %s", line.name, address, connection.request.path)
         try:

@@ -51,15 +51,17 @@ def make(name: str, arguments: dict[str, Any]) -> Policy:
 
 def introduction(policy: Policy) -> dict[str, Any]:
     """What the server must know of its policy."""
-    return {"contract": policy.contract.model_dump(mode="json")}
+    return {"contract": policy.contract.model_dump(mode="json"), "bands": policy.bands}
 
 
 def turn(policy: Policy, commands: dict[str, Any]) -> dict[str, Any]:
     """Carry out the commands of a turn: sessions that end, sessions that begin, plans."""
     for session in commands["close"]:
         policy.close(session)
-    for session, seed in commands["reset"]:
+    for session, seed, step in commands["reset"]:
         policy.reset(session, seed)
+        if step:
+            policy.skip(session, step)
     return {"answers": answers(policy, commands["plan"])}
 
 
