@@ -84,9 +84,9 @@ class Server:
             "policy": self.name,
             "contract": contract.model_dump(mode="json"),
             "realtime": said.get("realtime"),
-            "executed": contract.executed,
-            "chunk": contract.chunk,
-            "rate": contract.rate,
+            "executed": contract.executed or contract.chunk or 1,
+            "chunk": contract.chunk or 1,
+            "rate": contract.rate or 0.0,
         }
 
     async def start(self) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Callable, Mapping
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import numpy as np
 
 NUMBERS = ("b1", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8")
