@@ -7,15 +7,17 @@ No label is a client's word (session, address, instruction), so that there are a
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from ... import __version__
+from ...data.transforms import SMALLEST_SCALE
+from ..base import Request
 from . import config
 from .service import Exchange, Listener, Refusal, Service
 from .surprise import Surprise
@@ -30,15 +32,18 @@ SIDES = ("below", "above")
 
 @dataclass(frozen=True)
 class Band:
-    """The 1 % and 99 % quantiles of one vector in the training data, with names of its dimensions."""
+    """The 1 % and 99 % quantiles of the state in the training data, (S,) each, with names of its dimensions."""
 
     low: np.ndarray
     high: np.ndarray
     names: tuple[str, ...]
 
-    def outside(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many of the rows (n, D) lie below and above, per dimension."""
-        return (values < self.low).sum(0), (values > self.high).sum(0)
+    @classmethod
+    def of(cls, low: Sequence[float], high: Sequence[float], names: tuple[str, ...]) -> "Band":
+        """A dimension that did not vary has room for rounding on both sides."""
+        a, b = np.array(low), np.array(high)
+        room = np.where(b - a < 2 * SMALLEST_SCALE, SMALLEST_SCALE, 0.0)
+        return cls(a - room, b + room, names)
 
 
 class Metrics(Listener, Collector):
@@ -53,10 +58,10 @@ class Metrics(Listener, Collector):
         self.registry = CollectorRegistry()
         self.surprise = Surprise(settings.foresight_every, settings.window)
         self.latest: dict[str, deque[float]] = {}
-        self.shares: dict[str, deque[float]] = {}
-        self.bands: dict[str, Band] = {}
+        self.shares: deque[float] = deque(maxlen=settings.window)
+        self.band: Band | None = None
         self.extra: list[Callable[[], Iterator[GaugeMetricFamily]]] = []
-        self._starts = 0
+        disable_created_metrics()
         one = {"registry": self.registry}
         Gauge("triune_server_info", "Version of the server and the policy that it serves.", ["version", "policy"], **one).labels(
             __version__, name
@@ -74,12 +79,9 @@ class Metrics(Listener, Collector):
         )
         self.late = Counter("triune_late_chunks", "Chunks that came too late, and by what measure.", ["reason"], **one)
         self.guard = Counter("triune_guard_events", "What the guard changed in actions.", ["kind", "dimension"], **one)
-        self.values = Counter("triune_values", "Values compared with the training data, per dimension.", ["part"], **one)
+        self.inputs = Counter("triune_inputs", "States that were compared with the training data.", **one)
         self.outside = Counter(
-            "triune_values_outside",
-            "Those below the 1 % or above the 99 % quantile of the training data.",
-            ["part", "dimension", "side"],
-            **one,
+            "triune_inputs_outside", "Those below the 1 % or above the 99 % quantile of the training data.", ["dimension", "side"], **one
         )
         self.events = Counter("triune_policy_events", "The policy's process: died, started.", ["event"], **one)
         self.begun = Counter("triune_sessions_begun", "Sessions that began.", **one)
@@ -117,8 +119,7 @@ class Metrics(Listener, Collector):
         for event, count in reply.events.items():
             kind, _, dimension = event.partition("/")
             self.guard.labels(kind, dimension).inc(count)
-        self._compare("state", request.observation.state[None])
-        self._compare("action", reply.actions)
+        self._compare(request.observation.state)
         self.surprise.saw(request, reply, contract)
 
     def refused(self, refusal: Refusal, client: str) -> None:
@@ -132,50 +133,41 @@ class Metrics(Listener, Collector):
         if event in ("died", "started"):
             self.events.labels(event).inc()
         if event == "started":
-            self._read_bands()
+            self._read_band()
         if event == "reset":
             self.begun.inc()
         if event in ("reset", "close") and session is not None:
             self.surprise.forget(session)
 
-    def wants_foresight(self, request: object) -> bool:
+    def wants_foresight(self, request: Request) -> bool:
         return self.surprise.wants(request)
 
-    def _read_bands(self) -> None:
+    def _read_band(self) -> None:
         """What the policy told of its training data; each start of its process tells it anew."""
-        contract = self.service.contract
-        names = {"state": contract.state.names, "action": contract.action.names}
         told = self.service.introduction.get("bands", {})
-        self.bands = {part: Band(np.array(low), np.array(high), names[part]) for part, (low, high) in told.items()}
-        for part, band in self.bands.items():
-            for name in band.names:
+        if "state" in told:
+            self.band = Band.of(*told["state"], self.service.contract.state.names)
+            for name in self.band.names:
                 for side in SIDES:
-                    self.outside.labels(part, name, side)
+                    self.outside.labels(name, side)
 
-    def _compare(self, part: str, values: np.ndarray) -> None:
-        band = self.bands.get(part)
-        if band is None or values.shape[1] != len(band.names):
+    def _compare(self, state: np.ndarray) -> None:
+        if self.band is None or len(state) != len(self.band.names):
             return
-        self.values.labels(part).inc(len(values))
-        found = band.outside(values)
-        for side, counts in zip(SIDES, found, strict=True):
-            for i in np.flatnonzero(counts):
-                self.outside.labels(part, band.names[i], side).inc(int(counts[i]))
-        share = float(sum(c.sum() for c in found)) / values.size
-        self.shares.setdefault(part, deque(maxlen=self.settings.window)).append(share)
+        self.inputs.inc()
+        found = dict(zip(SIDES, (state < self.band.low, state > self.band.high), strict=True))
+        for side, beyond in found.items():
+            for i in np.flatnonzero(beyond):
+                self.outside.labels(self.band.names[i], side).inc()
+        self.shares.append(float(sum(beyond.mean() for beyond in found.values())))
 
     def collect(self) -> Iterator[GaugeMetricFamily | SummaryMetricFamily]:
         """What is looked up when Prometheus asks."""
         yield _quantiles("triune_stage_latency_seconds", f"The same of the latest {self.settings.window} requests.", "stage", self.latest)
         yield from self.surprise.collect()
-        shares = GaugeMetricFamily(
-            "triune_outside_share",
-            f"Share of values outside q01-q99 in the latest {self.settings.window} requests; 0.02 is usual.",
-            labels=["part"],
-        )
-        for part, found in self.shares.items():
-            shares.add_metric([part], float(np.mean(found)))
-        yield shares
+        if self.shares:
+            words = f"Share of the numbers of the latest {self.settings.window} states outside q01-q99 of the training data; 0.02 is usual."
+            yield GaugeMetricFamily("triune_outside_share", words, value=float(np.mean(self.shares)))
         service = self.service
         yield GaugeMetricFamily("triune_sessions", "Sessions that have begun and not ended.", value=len(service.sessions))
         yield GaugeMetricFamily("triune_waiting", "Commands in the queue.", value=len(service.waiting))

@@ -26,6 +26,7 @@ class Fake(Policy):
         time.sleep(load)
         self.seconds = seconds
         self.sessions: dict[str, list[int]] = {}
+        self.bands = {"state": ([-1.0] * STATE, [1.0] * STATE), "action": ([-2.0] * ACTION, [2.0] * ACTION)}
         self.contract = Contract(
             cameras=tuple(Camera(name=name, height=size, width=size) for name in ("agentview", "wrist")),
             state=Vector(names=tuple(f"s{i}" for i in range(STATE))),
@@ -37,6 +38,9 @@ class Fake(Policy):
 
     def reset(self, session: str, seed: int) -> None:
         self.sessions[session] = [seed, 0]
+
+    def skip(self, session: str, plans: int) -> None:
+        self.sessions[session][1] += plans
 
     def close(self, session: str) -> None:
         self.sessions.pop(session, None)
