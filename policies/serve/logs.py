@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import time
 from datetime import UTC, datetime
@@ -15,6 +16,8 @@ FACTS = ("event", "session", "code", "ms")
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 LEVELS = {"died": logging.ERROR, "started": logging.INFO, "drain": logging.INFO}
 """Events that are logged above DEBUG."""
+FORM = "TRIUNE_SERVE_LOG"
+"""Environment variable by which the policy's process learns how to log."""
 PER_SECOND, AT_ONCE = 5.0, 20.0
 """Refusals of one code that are logged; of the rest the number is told."""
 
@@ -42,11 +45,19 @@ class Text(logging.Formatter):
 
 
 def set_up(as_json: bool, level: str) -> None:
-    """Log to stderr."""
+    """Log to stderr, Python's warnings too; the policy's process, when it is started, does the same."""
+    os.environ[FORM] = f"{'json' if as_json else 'text'} {level}"
+    logging.captureWarnings(True)
     handler = logging.StreamHandler()
     handler.setFormatter(JSONLines() if as_json else Text())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("websockets").setLevel(logging.WARNING)
+
+
+def set_up_as_told() -> None:
+    """As the process that started this one."""
+    form, _, level = os.environ.get(FORM, "text warning").partition(" ")
+    set_up(form == "json", level)
 
 
 class Log(Listener):

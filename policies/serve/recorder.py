@@ -54,7 +54,8 @@ class Recorder(Listener):
         self.ring: deque[tuple[int, Recorded]] = deque()
         self.events: deque[dict[str, Any]] = deque(maxlen=1000)
         self.bytes = 0
-        self.counts: Counter[str] = Counter(written=0, dropped=0, failed=0)
+        self.counts: Counter[str] = Counter(written=0, dropped=0, failed=0, lost=0)
+        self._losing = False
         self._since = time.time()
         self._last = float("-inf")
         self._due: asyncio.TimerHandle | None = None
@@ -74,11 +75,12 @@ class Recorder(Listener):
             self.trigger(refusal.code, str(refusal))
         elif self.settings.events and changed >= self.settings.events:
             self.trigger("guard", f"the guard changed an answer in {changed} places")
-        elif self.settings.mode == "always" and (self.bytes > limit / 2 or row.time - self._since > self.settings.seconds / 2):
+        elif self.settings.mode == "always" and self._is_due(limit) and not self._queue.full():
             self._write("always", "everything is recorded")
         while self.ring and (self.bytes > limit or self.ring[0][1].time < oldest):
             self.bytes -= self.ring.popleft()[0]
-            self.counts["dropped"] += self.settings.mode == "always"
+            if self.settings.mode == "always":
+                self._lose()
 
     def happened(self, event: str, session: str | None = None) -> None:
         self.events.append({"time": time.time(), "event": event, "session": session})
@@ -109,10 +111,21 @@ class Recorder(Listener):
         family = CounterMetricFamily(
             "triune_incidents", "Incidents that the recorder wrote, dropped, or failed to write.", labels=["outcome"]
         )
-        for outcome, count in self.counts.items():
-            family.add_metric([outcome], count)
+        for outcome in ("written", "dropped", "failed"):
+            family.add_metric([outcome], self.counts[outcome])
         yield family
+        yield CounterMetricFamily("triune_recorder_lost", "Requests that record.mode=always could not keep.", value=self.counts["lost"])
         yield GaugeMetricFamily("triune_recorder_bytes", "Memory that the recorder holds.", value=self.bytes)
+
+    def _is_due(self, limit: float) -> bool:
+        return self.bytes > limit / 2 or time.time() - self._since > self.settings.seconds / 2
+
+    def _lose(self) -> None:
+        """With ``always`` a request left memory before it was written."""
+        self.counts["lost"] += 1
+        if not self._losing:
+            logger.warning("requests come faster than the recorder writes; some are not in the record", extra={"event": "record_lost"})
+        self._losing = True
 
     def _finish(self, wait: bool = False) -> None:
         assert self._pending is not None
@@ -143,7 +156,7 @@ class Recorder(Listener):
             return
         if self.settings.mode == "always":
             self.ring.clear()
-            self.bytes = 0
+            self.bytes, self._losing = 0, False
         self._since = time.time()
 
     def _work(self) -> None:

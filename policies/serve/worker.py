@@ -19,6 +19,7 @@ from ...data import ActionChunk, Observation
 from ...errors import UserError
 from ..base import Plan, Policy, Request
 from .channel import Arena, Coder, receive
+from .logs import set_up_as_told
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ def main() -> None:
     """Load the policy, warm it, then answer turn after turn until the other side has gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal goes to all; the server ends this one when it has drained
     settings = json.loads(sys.argv[1])
+    set_up_as_told()
     sock = socket.socket(fileno=settings["socket"])
     coder = Coder(Arena(settings["answers"], settings["size"]), Arena(settings["requests"], settings["size"]))
     try:

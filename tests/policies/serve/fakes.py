@@ -73,3 +73,11 @@ def expected(seed: int, step: int, state: np.ndarray, images: dict[str, np.ndarr
     digest = hashlib.sha256(b"".join(images[name].tobytes() for name in sorted(images))).digest()
     rng = np.random.default_rng([seed, step, *digest[:4]])
     return (rng.standard_normal((CHUNK, ACTION)) + float(state.sum())).astype(np.float32)
+
+
+class Shifted(Fake):
+    """As ``Fake``, and one more in every action."""
+
+    def _plan(self, request: Request, batch: int) -> Plan:
+        plan = super()._plan(request, batch)
+        return Plan(ActionChunk(plan.chunk.actions + 1, plan.chunk.rate, plan.chunk.time), plan.foresight, timing=plan.timing)
