@@ -56,6 +56,7 @@ class Viewer(Listener):
         self.left_out = 0
         self._asked: dict[str, int] = {}
         self._began: dict[str, float] = {}
+        self._shown: set[str] = set()
         self._stream = rr.RecordingStream(f"triune {name}")
         self._window = self._open()
         self._queue: queue.Queue[tuple[str, Any, float] | None] = queue.Queue(WAITING)
@@ -117,21 +118,22 @@ class Viewer(Listener):
         while (item := self._queue.get()) is not None:
             session, what, now = item
             root = "/".join(rr.escape_entity_path_part(part) for part in session.split("/"))
-            if session not in self._began and session != "server":
-                if len(self._began) >= SESSIONS:
+            if session not in self._shown and session != "server":
+                if len(self._shown) >= SESSIONS:
+                    self._shown.clear()
                     self._began.clear()
-                self._began[session] = now
+                self._shown.add(session)
                 self._stream.send_blueprint(self._blueprint(root))  # the newest session is shown; all are in the tree
             if isinstance(what, Exchange):
-                self._exchange(root, what, now - self._began[session])
+                self._exchange(root, what, now - self._began.setdefault(session, now))
             else:
                 if what == "reset":
-                    self._began[session] = now
+                    self._began.pop(session, None)
                 self._stream.set_time(TIMELINE, duration=now - self._began.get(session, now))
                 self._say(root, what, "ERROR" if what == "died" else "INFO")
 
     def _exchange(self, root: str, exchange: Exchange, passed: float) -> None:
-        """Stream one exchange; ``passed`` is the time since the session began, for clients that send no timestamps."""
+        """Stream one exchange; ``passed`` is the time since the session's first, for clients that send no timestamps."""
         observation, reply = exchange.request.observation, exchange.reply
         now = observation.timestamp or passed
         stream = self._stream
@@ -144,7 +146,9 @@ class Viewer(Listener):
             return
         for camera, image in reply.foresight.items():
             stream.log(f"{root}/foresight/{rr.escape_entity_path_part(camera)}", rr.Image(image))
-        for stage, ms in (reply.timing | {"total": 1e3 * exchange.seconds}).items():
+        for stage, ms in {**reply.timing, "total": 1e3 * exchange.seconds}.items():
+            if stage == "batch":
+                continue
             stream.log(f"{root}/timing/{rr.escape_entity_path_part(stage)}", rr.Scalars(ms))
         if reply.events:
             self._say(root, "guard: " + ", ".join(f"{kind} {count}" for kind, count in reply.events.items()), "WARN")
