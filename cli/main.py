@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import UserError, __version__
-from . import bench, data, doctor, evaluate, model, quickstart, replay, serve, train, verify
+from . import bench, client, data, doctor, evaluate, model, quickstart, replay, serve, train, trial, verify
 
 app = typer.Typer(name="vla", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("quickstart")(quickstart.quickstart)
@@ -18,6 +18,8 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("serve")(serve.serve)
 app.command("replay")(replay.replay)
+app.command("client")(client.client)
+app.command("trial")(trial.trial)
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.command("verify")(verify.verify)

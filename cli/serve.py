@@ -32,7 +32,7 @@ def serve(
     from ..errors import UserError
 
     try:
-        from ..policies.serve import Serve, Server, Service, Source
+        from ..policies.serve import Serve, Server, Source
         from ..policies.serve.logs import set_up
     except ImportError as error:
         raise UserError(f"serving needs packages that are not here ({error}): pip install 'triune-vla[serve]'") from None
@@ -44,10 +44,9 @@ def serve(
     settings = parse(Serve, tree, config or "vla serve")
     set_up(log_json, log_level)
     source = Source("triune.policies:load_policy", {"path": policy, "precision": precision}, settings.batch)
-    service = Service(source, window=settings.window_ms / 1e3, queue=settings.queue, patience=settings.patience)
 
     async def run() -> None:
-        server = Server(settings, service, Path(policy).name)
+        server = Server.of(settings, source, Path(policy).name)
         await server.start()
         logging.info("%s is served at %s", policy, server.url)
         await server.run()

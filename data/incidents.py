@@ -41,7 +41,9 @@ class Recorded:
     Attributes:
         time: Unix time at which it was answered or refused.
         seed, step: of the session.
-        prefix: float32 (P, A); actions: float32 (C, A), None where it was refused, with ``code`` and ``message`` instead.
+        prefix: float32 (P, A).
+        actions: float32 (C, A) as they were sent, None where the request was refused, with ``code`` and ``message`` instead.
+        planned: the policy's own, before the guard changed them; None where they are the same.
         seconds: until it was answered; timing: stage -> milliseconds; events: what the guard changed.
     """
 
@@ -59,6 +61,7 @@ class Recorded:
     seconds: float = 0.0
     timing: dict[str, float] = field(default_factory=dict)
     events: dict[str, int] = field(default_factory=dict)
+    planned: np.ndarray | None = None
 
 
 def write_incident(folder: Path, head: dict[str, Any], rows: Sequence[Recorded]) -> int:
@@ -162,6 +165,7 @@ def _write(file: Path, rows: list[Recorded]) -> None:
                 "observation.state": [r.observation.state for r in part],
                 "prefix": [list(r.prefix) if r.prefix is not None and len(r.prefix) else None for r in part],
                 "actions": [None if r.actions is None else list(r.actions) for r in part],
+                "planned": [None if r.planned is None else list(r.planned) for r in part],
                 "delay": [r.delay for r in part],
                 "samples": [r.samples for r in part],
                 "code": [r.code for r in part],
@@ -190,6 +194,7 @@ def _schema(cameras: Sequence[str]) -> pa.Schema:
         "observation.state": row,
         "prefix": pa.list_(row),
         "actions": pa.list_(row),
+        "planned": pa.list_(row),
         "delay": whole,
         "samples": whole,
         "code": text,
@@ -234,7 +239,7 @@ def _pictures(tree: dict[str, Any], names: list[str]) -> dict[str, np.ndarray]:
 
 
 def _row(tree: dict[str, Any], images: dict[str, np.ndarray]) -> Recorded:
-    prefix, actions = (None if tree[k] is None else np.array(tree[k], np.float32) for k in ("prefix", "actions"))
+    prefix, actions, planned = (None if tree[k] is None else np.array(tree[k], np.float32) for k in ("prefix", "actions", "planned"))
     observation = Observation(
         images,
         np.array(tree["observation.state"], np.float32),
@@ -257,4 +262,5 @@ def _row(tree: dict[str, Any], images: dict[str, np.ndarray]) -> Recorded:
         tree["seconds"],
         timing,
         events,
+        planned,
     )

@@ -1,7 +1,8 @@
 """What a policy drives on the wall clock: a simulated world, a recorded episode, a robot of lerobot. One shape for all of them."""
 
+import importlib
+import pkgutil
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ class Body(ABC):
         name: for reports.
         rate: control rate in Hz.
         contract: cameras, state and actions, compared with the policy's.
+        waits: whether time stands still for it where nothing is done; a robot's goes on.
     """
 
     name: str
     rate: float
     contract: Contract
+    waits: bool = True
 
     @abstractmethod
     def begin(self, seed: int) -> None:
@@ -36,7 +39,11 @@ class Body(ABC):
 
     @abstractmethod
     def act(self, action: np.ndarray) -> None:
-        """Send one action (A,). Of a tick without one nothing is told: time passes for robots, and stands still in a simulator."""
+        """Send one action (A,)."""
+
+    @abstractmethod
+    def hold(self, action: np.ndarray | None) -> None:
+        """Stay for one tick; ``action`` (A,) is what keeps the robot where it is, if that is known."""
 
     @property
     @abstractmethod
@@ -74,6 +81,10 @@ class WorldBody(Body):
         self._seen, _, _, self._truncated, info = self.world.step(action)
         self._steps += 1
         self._success = self._success or bool(info["is_success"])
+
+    def hold(self, action: np.ndarray | None) -> None:
+        if action is not None:
+            self.act(action)
 
     @property
     def over(self) -> bool:
@@ -115,6 +126,9 @@ class EpisodeBody(Body):
         self._errors = np.concatenate([self._errors, np.abs(action - recorded)[None]])
         self._at += 1
 
+    def hold(self, action: np.ndarray | None) -> None:
+        self._at += 1  # what was recorded went on
+
     @property
     def over(self) -> bool:
         return self._at >= self._episode.length
@@ -132,6 +146,8 @@ class RobotBody(Body):
         options: of the robot's configuration, such as ``port``; ``type`` says which one.
         instruction: the task in words.
     """
+
+    waits = False
 
     def __init__(self, options: dict[str, Any], mapping: str, instruction: str) -> None:
         self.mapping: Robot = load_robot(mapping)
@@ -173,6 +189,10 @@ class RobotBody(Body):
         values = {self._keys["action"][slot.place[1]]: float(v) for slot, v in zip(self.mapping.action.slots, action, strict=True)}
         self.robot.send_action(values)
 
+    def hold(self, action: np.ndarray | None) -> None:
+        if action is not None:
+            self.act(action)
+
     @property
     def over(self) -> bool:
         return False
@@ -186,15 +206,11 @@ def _make_robot(options: dict[str, Any]) -> Any:
     """lerobot's robot of a configuration."""
     try:
         import draccus
+        import lerobot.robots as package
         from lerobot.robots import RobotConfig, make_robot_from_config
         from lerobot.utils.import_utils import register_third_party_plugins
     except ImportError as error:
         raise UserError(f"robots come from lerobot, which is not here ({error}): pip install 'triune-vla[lerobot]'") from None
-    import importlib
-    import pkgutil
-
-    import lerobot.robots as package
-
     register_third_party_plugins()
     for module in pkgutil.iter_modules(package.__path__):
         if module.ispkg and RobotConfig.get_known_choices().get(options["type"]) is None:
@@ -207,7 +223,7 @@ def _make_robot(options: dict[str, Any]) -> Any:
         raise UserError(f"lerobot knows no robot '{options['type']}'; known: {', '.join(sorted(known))}; install its plugin or its extra")
     try:
         config = draccus.decode(known[options["type"]], {key: value for key, value in options.items() if key != "type"})
-    except Exception as error:
+    except draccus.ParsingError as error:
         raise UserError(f"the options of {options['type']} are not right: {error}") from None
     return make_robot_from_config(config)
 

@@ -59,6 +59,14 @@ class RemotePolicy(Policy):
         self.client, self.foresight = client, foresight
         self.contract = parse(Contract, client.welcome.contract, f"the contract of {client.url}")
 
+    @property
+    def limits(self) -> dict[str, Any] | None:
+        return self.client.welcome.limits
+
+    @property
+    def realtime(self) -> dict[str, int | bool]:
+        return {"prefix": self.client.welcome.prefix, "guided": self.client.welcome.guided}
+
     def reset(self, session: str, seed: int) -> None:
         """See ``Policy``; a lost connection is made again here.
 
@@ -93,10 +101,17 @@ class RemotePolicy(Policy):
             seen = answer.foresight
             drawn = None if seen is None else (lambda frames=seen: dict(frames))
             timing = {**answer.timing, "round_trip": 1e3 * answer.round_trip}
-            plans.append(Plan(ActionChunk(answer.actions, answer.rate, answer.time), drawn, answer.value, timing))
+            chunk, several = ActionChunk(answer.actions, answer.rate, answer.time), () if answer.samples is None else answer.samples
+            samples = tuple(ActionChunk(actions, answer.rate, answer.time) for actions in several)
+            plans.append(Plan(chunk, drawn, answer.value, timing, samples))
         return plans
 
-    def close(self) -> None:
+    def close(self, session: str) -> None:
+        if self.client.connected:
+            with _told(self.client.url):
+                self.client.end(session)
+
+    def disconnect(self) -> None:
         """End the connection."""
         self.client.close()
 

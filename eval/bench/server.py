@@ -69,11 +69,12 @@ def far() -> list[Row]:
     seen = observation(3, (480, 640))
     least = 1e3 * (8 * len(pack(seen)) / 100e6 + 0.02)
     arguments = '{"cameras": 3, "size": [480, 640]}'
-    with process("ours", arguments) as port, process("shaped", port, 100, 0.01) as link:
-        with Client(f"ws://127.0.0.1:{link}") as pixels, Client(f"ws://127.0.0.1:{link}", jpeg=90) as jpeg:
-            pixels.reset("pixels")
-            jpeg.reset("jpeg")
-            spent = in_rounds([lambda: pixels.infer(seen, "pixels"), lambda: jpeg.infer(seen, "jpeg")], rounds=10, each=5)
+    with contextlib.ExitStack() as stack:
+        link = stack.enter_context(process("shaped", stack.enter_context(process("ours", arguments)), 100, 0.01))
+        pixels, jpeg = (stack.enter_context(Client(f"ws://127.0.0.1:{link}", jpeg=quality)) for quality in (None, 90))
+        for client in (pixels, jpeg):
+            client.reset()
+        spent = in_rounds([lambda: pixels.infer(seen), lambda: jpeg.infer(seen)], rounds=10, each=5)
     plain, small = ([1e3 * float(np.quantile(times, q)) for q in (0.5, 0.99)] for times in spent)
     return [
         row("100 Mbit/s, 10 ms: pixels p50", plain[0], least, "the link alone", "ms", 0.8),

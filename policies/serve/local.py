@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from .config import Serve
 from .process import Source
 from .server import Server
-from .service import Service
 
 
 @contextmanager
@@ -26,7 +25,7 @@ def serving(source: Source, name: str, settings: Serve | None = None) -> Iterato
         asyncio.run_coroutine_threadsafe(work, loop).result()  # type: ignore[arg-type]
 
     try:
-        server = Server(settings or Serve(port=0), Service(source), name)
+        server = Server.of(settings or Serve(port=0), source, name)
         run(server.start())
         try:
             yield server

@@ -117,7 +117,7 @@ class Metrics(Listener, Collector):
             if contract.executed and exchange.seconds > contract.executed / reply.rate:
                 self.late.labels("executed").inc()
         for event, count in reply.events.items():
-            kind, _, dimension = event.partition("/")
+            kind, _, dimension = event.partition(" ")
             self.guard.labels(kind, dimension).inc(count)
         self._compare(request.observation.state)
         self.surprise.saw(request, reply, contract)

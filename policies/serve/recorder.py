@@ -66,7 +66,8 @@ class Recorder(Listener):
 
     def exchanged(self, exchange: Exchange) -> None:
         row = recorded(exchange, time.time())
-        size = held([*row.observation.images.values(), row.observation.state, *(a for a in (row.prefix, row.actions) if a is not None)])
+        chunks = [chunk for chunk in (row.prefix, row.actions, row.planned) if chunk is not None]
+        size = held([*row.observation.images.values(), row.observation.state, *chunks])
         self.ring.append((size, row))
         self.bytes += size
         limit, oldest = self.settings.memory_mib * 2**20, row.time - self.settings.seconds
@@ -199,7 +200,9 @@ def recorded(exchange: Exchange, now: float) -> Recorded:
     if reply is None:
         assert refusal is not None
         return Recorded(*asked, code=refusal.code, message=str(refusal), seconds=exchange.seconds)
-    return Recorded(*asked, actions=reply.actions, seconds=exchange.seconds, timing=dict(reply.timing), events=dict(reply.events))
+    same = exchange.planned is None or np.array_equal(exchange.planned, reply.actions, equal_nan=True)
+    facts = {"seconds": exchange.seconds, "timing": dict(reply.timing), "events": dict(reply.events)}
+    return Recorded(*asked, actions=reply.actions, planned=None if same else exchange.planned, **facts)
 
 
 def held(arrays: Iterable[np.ndarray]) -> int:

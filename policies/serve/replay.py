@@ -37,7 +37,8 @@ class Replayed:
 async def replay(
     source: Source, rows: Sequence[Recorded], tolerance: float = 0.0, progress: Callable[[int, int], None] | None = None
 ) -> list[Replayed]:
-    """Ask the policy of ``source``, in a process of its own, what ``rows`` were asked, one at a time.
+    """Ask the policy of ``source``, in a process of its own, what ``rows`` were asked, one at a time; compared is what it said itself,
+    before the guard.
 
     Args:
         tolerance: largest difference of an action that passes; 0 asks for the same bits.
@@ -46,7 +47,7 @@ async def replay(
     Raises:
         UserError: the policy cannot be loaded.
     """
-    service = Service(source, window=0.0)
+    service = Service(source, window=0.0, guarded=False)  # what the guard changes depends on what was sent before
     await service.start()
     found: list[Replayed] = []
     try:
@@ -75,7 +76,7 @@ async def _ask(service: Service, session: str, row: Recorded, tolerance: float) 
         now, ms = refusal.code, 1e3 * (time.perf_counter() - began)
     error = None
     if actions is not None and row.actions is not None:
-        error = difference(actions, row.actions)
+        error = difference(actions, row.actions if row.planned is None else row.planned)
     passed = row.actions is None or (error is not None and error <= tolerance)
     return Replayed(row.session, row.step, was, now, error, row.timing.get("turn", 1e3 * row.seconds), ms, passed)
 

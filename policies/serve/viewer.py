@@ -169,10 +169,11 @@ class Viewer(Listener):
     def _ends(self, index: int, name: str) -> dict[str, list[float]]:
         """Lines that go with the curve of an action: the limits that the policy's robot has, the quantiles of the training data."""
         told, found = self.service.introduction, {}
-        limits = {row["name"]: row for row in (told.get("limits") or {}).get("dimensions", ())}
-        ends = [limits[name][key] for key in ("min", "max") if limits.get(name, {}).get(key) is not None] if name in limits else []
-        if ends:
-            found["limit"] = ends
+        if self.service.limits is not None:
+            limits = self.service.limits.dimensions[index]
+            ends = [end for end in (limits.min, limits.max) if end is not None]
+            if ends:
+                found["limit"] = ends
         if "action" in told.get("bands", {}):
             low, high = told["bands"]["action"]
             found["band"] = [low[index], high[index]]

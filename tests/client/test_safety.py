@@ -41,7 +41,7 @@ def rows(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(row=rows(), wanted=st.lists(ANY, min_size=1, max_size=25), start=NUMBER, rate=st.sampled_from([5.0, 20.0, 50.0]))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 def test_limits_hold_for_whatever_is_wanted(row: dict[str, Any], wanted: list[float], start: float, rate: float) -> None:
     made = guard(row, rate=rate)
     relative, scale = row["mode"] == "relative", row["scale"]
@@ -71,7 +71,7 @@ def test_limits_hold_for_whatever_is_wanted(row: dict[str, Any], wanted: list[fl
 
 
 @given(row=rows(), history=st.lists(ANY, max_size=4), want=ANY, state=st.one_of(st.none(), NUMBER))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_limiting_twice_is_limiting_once(row: dict[str, Any], history: list[float], want: float, state: float | None) -> None:
     first, second = guard(row), guard(row)
     told = None if state is None else np.array([state])
@@ -85,8 +85,28 @@ def test_limiting_twice_is_limiting_once(row: dict[str, Any], history: list[floa
     assert [e for e in events if e.kind != "unchecked"] == []
 
 
+@given(data=st.data(), several=st.lists(rows(), min_size=1, max_size=4), count=st.integers(1, 10), small=st.booleans())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_dimensions_do_not_meet(data: st.DataObject, several: list[dict[str, Any]], count: int, small: bool) -> None:
+    """Each dimension of a chunk is what a guard of its own makes of it."""
+    wide = st.floats(-1, 1) if small else ANY
+    many = [{**row, "name": f"d{i}", "state": i} for i, row in enumerate(several)]
+    chunk = np.array([[data.draw(wide) for _ in many] for _ in range(count)])
+    state = np.array([data.draw(NUMBER) for _ in many])
+    told = state if data.draw(st.booleans()) else None
+    safe, events = guard(*many).check_chunk(chunk, told)
+    assert safe is not None
+    alone = 0
+    for i, row in enumerate(several):
+        one, found = guard(row | {"state": 0}).check_chunk(chunk[:, i : i + 1], None if told is None else state[i : i + 1])
+        assert one is not None
+        np.testing.assert_array_equal(safe[:, i], one[:, 0])
+        alone += len(found)
+    assert alone == len(events)
+
+
 @given(row=rows(), wanted=st.lists(ANY, min_size=1, max_size=10), state=NUMBER)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_a_chunk_is_its_actions_one_by_one(row: dict[str, Any], wanted: list[float], state: float) -> None:
     ahead, along = guard(row), guard(row)
     chunk, _ = ahead.check_chunk(np.array(wanted)[:, None], np.array([state]))
@@ -102,7 +122,7 @@ def test_a_chunk_is_its_actions_one_by_one(row: dict[str, Any], wanted: list[flo
 
 
 @given(data=st.data(), row=rows(), bad=st.sampled_from([math.nan, math.inf, -math.inf]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_what_is_not_finite_holds(data: st.DataObject, row: dict[str, Any], bad: float) -> None:
     made = guard(row, {"name": "grip", "mode": "absolute"})
     last, _ = made.check(np.array([data.draw(NUMBER), 0.5]), np.array([data.draw(NUMBER)]))

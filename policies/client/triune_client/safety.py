@@ -192,6 +192,11 @@ class Guard:
         if not (math.isfinite(rate) and rate > 0):
             raise ValueError(f"the control rate is {rate}; velocities need one above 0 Hz")
         self.limits, self.rate = limits, float(rate)
+        self._reach, self._change = limits.velocity / rate, limits.acceleration / rate**2
+        self._brakes, self._boxed = (
+            bool(np.isfinite(self._change).any()),
+            limits.relative & (np.isfinite(limits.low) | np.isfinite(limits.high)),
+        )
         self.counts: Counter[tuple[str, str]] = Counter()
         self.reset()
 
@@ -231,8 +236,12 @@ class Guard:
         Returns:
             float64 (C, A), or ``None`` where the first action is not finite and nothing is known to hold the robot.
         """
-        memory, found, events = self._told(self._memory, state), [], []
-        for action in self._shaped(actions, 2):
+        actions, memory = self._shaped(actions, 2), self._told(self._memory, state)
+        passed, events = self._passing(actions, memory)
+        found = list(passed)
+        if found:
+            memory = self._ahead(passed, memory, len(passed))
+        for action in actions[len(found) :]:
             safe, new = self._limit(action, memory)
             events += new
             if safe is None:
@@ -293,8 +302,33 @@ class Guard:
         still = np.where(self.limits.relative, 0.0, memory.last)
         if np.isnan(still).any() or not self.limits.known.all():
             return None
-        low, high = self._stages(memory, widened=True)[-1][1:]
-        return np.clip(still, low, high)
+        return _clip(still, *self._stages(memory, widened=True)[-1][1:])
+
+    def _ahead(self, actions: np.ndarray, memory: _Memory, step: int | slice) -> _Memory:
+        """What will have been sent before each of ``actions`` (C, A), and after the last one: rows 0 to C; of these ``step``."""
+        relative = self.limits.relative
+        last = np.concatenate([memory.last[None], actions])
+        steps = np.where(relative, actions, actions - last[:-1])
+        before = np.concatenate([memory.before[None], np.where(np.isnan(steps), 0.0, steps)])
+        place = np.concatenate([memory.place[None], np.where(relative, self.limits.scale * actions, 0.0)]).cumsum(0)
+        return _Memory(last[step], before[step], place[step])
+
+    def _passing(self, actions: np.ndarray, memory: _Memory) -> tuple[np.ndarray, list[Event]]:
+        """The first of ``actions`` (C, A), those to which nothing but ``min`` and ``max`` is done, and the events of that."""
+        if self._unseen(memory).any() or not len(actions):
+            return actions[:0], []
+        inside = _clip(actions, self.limits.min, self.limits.max)
+        _, low, high = self._stages(self._ahead(inside, memory, slice(0, -1)))[-1]
+        fine = (np.isfinite(actions) & (low <= inside) & (inside <= high)).all(1)
+        count = len(fine) if fine.all() else int(fine.argmin())
+        rows, events = self.limits.dimensions, []
+        for k, i in np.argwhere(_differ(inside[:count], actions[:count])):
+            events.append(Event("position", rows[i].name, float(actions[k, i]), float(inside[k, i]), rows[i].unit))
+        return inside[:count], events
+
+    def _unseen(self, memory: _Memory) -> np.ndarray:
+        """(A,) whether there is a workspace of steps, and no state said where they begin."""
+        return self._boxed & np.isnan(memory.place)
 
     def _limit(self, action: np.ndarray, memory: _Memory) -> tuple[np.ndarray | None, list[Event]]:
         rows, wrong = self.limits.dimensions, np.flatnonzero(~np.isfinite(action))
@@ -304,44 +338,46 @@ class Guard:
             allowed = np.nan if safe is None else float(safe[wrong[0]])
             return safe, [Event("nan", first.name, float(action[wrong[0]]), allowed, first.unit)]
         events = []
-        boxed = self.limits.relative & np.isnan(memory.place) & (np.isfinite(self.limits.low) | np.isfinite(self.limits.high))
-        for i in np.flatnonzero(boxed):
+        for i in np.flatnonzero(self._unseen(memory)):
             events.append(Event("unchecked", rows[i].name, float(action[i]), float(action[i]), rows[i].unit))
         stages = self._stages(memory)
-        safe = np.clip(action, stages[-1][1], stages[-1][2])
-        changed = np.abs(safe - action) > UNCOUNTED * np.maximum(1.0, np.abs(action))
-        for kind, low, high in stages:
-            limited = np.clip(action, low, high)
-            for i in np.flatnonzero(changed & (np.abs(limited - action) > UNCOUNTED * np.maximum(1.0, np.abs(action)))):
-                events.append(Event(kind, rows[i].name, float(action[i]), float(limited[i]), rows[i].unit))
-            action = limited
-        return action, events
+        safe = _clip(action, *stages[-1][1:])
+        changed = _differ(safe, action)
+        if changed.any():
+            for kind, low, high in stages:
+                limited = _clip(action, low, high)
+                for i in np.flatnonzero(changed & _differ(limited, action)):
+                    events.append(Event(kind, rows[i].name, float(action[i]), float(limited[i]), rows[i].unit))
+                action = limited
+        return safe, events
 
     def _stages(self, memory: _Memory, widened: bool = False) -> list[tuple[str, np.ndarray, np.ndarray]]:
-        """(kind, lowest, highest) of the next action, the last of them being what may be sent; they do not depend on the action.
+        """(kind, lowest, highest) of the next action, the last of them being what may be sent; they do not depend on the action. Rows of a
+        memory (C, A) are apart.
 
         Args:
             widened: positions include where the robot is, as holding it needs.
         """
         limits, relative = self.limits, self.limits.relative
         base = np.where(relative, 0.0, memory.last)  # the action that does not move the robot
-        origin = np.where(relative, memory.place, 0.0)
-        box_low, box_high = (limits.low - origin) / limits.scale, (limits.high - origin) / limits.scale
-        box_low = np.where(relative, np.where(np.isnan(origin), -np.inf, np.minimum(box_low, 0)), box_low)
-        box_high = np.where(relative, np.where(np.isnan(origin), np.inf, np.maximum(box_high, 0)), box_high)
-        low, high = np.maximum(limits.min, box_low), np.minimum(limits.max, box_high)
+        box = limits.low / limits.scale, limits.high / limits.scale
+        if self._boxed.any():
+            told = (limits.low - memory.place) / limits.scale, (limits.high - memory.place) / limits.scale
+            unseen = np.isnan(memory.place)
+            steps = np.where(unseen, -np.inf, np.minimum(told[0], 0.0)), np.where(unseen, np.inf, np.maximum(told[1], 0.0))
+            box = np.where(relative, steps[0], box[0]), np.where(relative, steps[1], box[1])
+        low, high = np.maximum(limits.min, box[0]), np.minimum(limits.max, box[1])
         if widened:
             low, high = np.fmin(low, base), np.fmax(high, base)
-        reach, change = limits.velocity / self.rate, limits.acceleration / self.rate**2
-        slow = _around(base, -reach, reach)
-        even = _into(_around(base, memory.before - change, memory.before + change), slow)
-        room = np.where(relative, -box_low, base - low), np.where(relative, box_high, high - base)
-        stop = _around(base, -_braking(room[0], change), _braking(room[1], change))
-        within = _into((low, high), slow)
-        inside = ~((base < low) | (base > high))
-        even = _into(even, stop)
-        kept, led_back = _into(even, within), _into((low, high), even)
-        last = tuple(np.where(inside, kept[end], led_back[end]) for end in (0, 1))
+        slow = _around(base, -self._reach, self._reach)
+        within = last = _into((low, high), slow)
+        if self._brakes:
+            room = np.where(relative, -box[0], base - low), np.where(relative, box[1], high - base)
+            stop = _around(base, -_braking(room[0], self._change), _braking(room[1], self._change))
+            even = _into(_into(_around(base, memory.before - self._change, memory.before + self._change), slow), stop)
+            kept, led_back = _into(even, within), _into((low, high), even)
+            inside = ~((base < low) | (base > high))
+            last = np.where(inside, kept[0], led_back[0]), np.where(inside, kept[1], led_back[1])
         return [
             ("position", limits.min, limits.max),
             ("workspace", low, high),
@@ -380,15 +416,24 @@ def _or(value: float | None, absent: float) -> float:
     return absent if value is None else value
 
 
+def _clip(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    return np.minimum(np.maximum(value, low), high)
+
+
+def _differ(safe: np.ndarray, action: np.ndarray) -> np.ndarray:
+    """Where the change from ``action`` is more than rounding."""
+    return np.abs(safe - action) > UNCOUNTED * np.maximum(1.0, np.abs(action))
+
+
 def _around(base: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """An interval about ``base``; everything where that is unknown."""
-    free = np.isnan(base)
-    return np.where(free, -np.inf, base + low), np.where(free, np.inf, base + high)
+    low, high, free = base + low, base + high, np.isnan(base)
+    return (np.where(free, -np.inf, low), np.where(free, np.inf, high)) if free.any() else (low, high)
 
 
 def _into(inner: tuple[np.ndarray, np.ndarray], outer: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The part of an interval that is inside another one; the nearest number of the other where they do not meet."""
-    return np.clip(inner[0], outer[0], outer[1]), np.clip(inner[1], outer[0], outer[1])
+    return _clip(inner[0], *outer), _clip(inner[1], *outer)
 
 
 def _braking(room: np.ndarray, change: np.ndarray) -> np.ndarray:

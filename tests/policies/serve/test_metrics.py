@@ -105,7 +105,7 @@ def test_what_guards_changed_is_counted_by_kind_and_dimension() -> None:
         metrics, request = server.operations.metrics, Request("a", Observation(**seen(size=32)))
         from triune.policies.serve.service import Exchange
 
-        reply = Reply(np.zeros((2, 32), np.float32), 50.0, 0.0, {}, events={"velocity/a3": 4, "nan": 1})
+        reply = Reply(np.zeros((2, 32), np.float32), 50.0, 0.0, {}, events={"velocity a3": 4, "nan": 1})
         metrics.exchanged(Exchange(request, 0, 0, reply))
         found = await scrape(server)
         assert value(found, "triune_guard_events_total", kind="velocity", dimension="a3") == 4
