@@ -248,19 +248,6 @@ def _row(tree: dict[str, Any], images: dict[str, np.ndarray]) -> Recorded:
         tree["embodiment"],
         tree["subtask"],
     )
-    numbers = ("time", "session", "seed", "step")
     timing, events = json.loads(tree["timing"]), json.loads(tree["events"])
-    return Recorded(
-        *(tree[k] for k in numbers),
-        observation,
-        prefix,
-        tree["delay"],
-        tree["samples"],
-        actions,
-        tree["code"],
-        tree["message"],
-        tree["seconds"],
-        timing,
-        events,
-        planned,
-    )
+    plain = {k: tree[k] for k in ("time", "session", "seed", "step", "delay", "samples", "code", "message", "seconds")}
+    return Recorded(**plain, observation=observation, prefix=prefix, actions=actions, timing=timing, events=events, planned=planned)

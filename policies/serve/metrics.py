@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.core import GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from ... import __version__
@@ -60,31 +60,38 @@ class Metrics(Listener, Collector):
         self.latest: dict[str, deque[float]] = {}
         self.shares: deque[float] = deque(maxlen=settings.window)
         self.band: Band | None = None
-        self.extra: list[Callable[[], Iterator[GaugeMetricFamily]]] = []
+        self.extra: list[Callable[[], Iterator[Metric]]] = []
         disable_created_metrics()
-        one = {"registry": self.registry}
-        Gauge("triune_server_info", "Version of the server and the policy that it serves.", ["version", "policy"], **one).labels(
-            __version__, name
-        ).set(1)
-        Gauge("triune_start_time_seconds", "Unix time at which the server began.", **one).set(time.time())
+        Gauge(
+            "triune_server_info", "Version of the server and the policy that it serves.", ["version", "policy"], registry=self.registry
+        ).labels(__version__, name).set(1)
+        Gauge("triune_start_time_seconds", "Unix time at which the server began.", registry=self.registry).set(time.time())
         self.requests = Counter(
-            "triune_requests", "Requests for a plan, by outcome: answered, or the code of the refusal.", ["outcome"], **one
+            "triune_requests", "Requests for a plan, by outcome: answered, or the code of the refusal.", ["outcome"], registry=self.registry
         )
         self.refusals = Counter(
-            "triune_refusals", "Everything refused, also connections and messages that were no request.", ["code"], **one
+            "triune_refusals", "Everything refused, also connections and messages that were no request.", ["code"], registry=self.registry
         )
-        self.stages = Histogram("triune_stage_seconds", "Time of one request in each stage.", ["stage"], buckets=BUCKETS, **one)
+        self.stages = Histogram(
+            "triune_stage_seconds", "Time of one request in each stage.", ["stage"], buckets=BUCKETS, registry=self.registry
+        )
         self.batches = Histogram(
-            "triune_batch_size", "Requests that were answered in one call of the policy.", buckets=(1, 2, 4, 8, 16, 32, 64), **one
+            "triune_batch_size",
+            "Requests that were answered in one call of the policy.",
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+            registry=self.registry,
         )
-        self.late = Counter("triune_late_chunks", "Chunks that came too late, and by what measure.", ["reason"], **one)
-        self.guard = Counter("triune_guard_events", "What the guard changed in actions.", ["kind", "dimension"], **one)
-        self.inputs = Counter("triune_inputs", "States that were compared with the training data.", **one)
+        self.late = Counter("triune_late_chunks", "Chunks that came too late, and by what measure.", ["reason"], registry=self.registry)
+        self.guard = Counter("triune_guard_events", "What the guard changed in actions.", ["kind", "dimension"], registry=self.registry)
+        self.inputs = Counter("triune_inputs", "States that were compared with the training data.", registry=self.registry)
         self.outside = Counter(
-            "triune_inputs_outside", "Those below the 1 % or above the 99 % quantile of the training data.", ["dimension", "side"], **one
+            "triune_inputs_outside",
+            "Those below the 1 % or above the 99 % quantile of the training data.",
+            ["dimension", "side"],
+            registry=self.registry,
         )
-        self.events = Counter("triune_policy_events", "The policy's process: died, started.", ["event"], **one)
-        self.begun = Counter("triune_sessions_begun", "Sessions that began.", **one)
+        self.events = Counter("triune_policy_events", "The policy's process: died, started.", ["event"], registry=self.registry)
+        self.begun = Counter("triune_sessions_begun", "Sessions that began.", registry=self.registry)
         for code in ("late", "busy", "bad_request", "worker", "internal", "unauthorized", "contract", "too_large"):
             self.refusals.labels(code)
         for reason in ("deadline", "delay", "executed"):
@@ -146,7 +153,8 @@ class Metrics(Listener, Collector):
         """What the policy told of its training data; each start of its process tells it anew."""
         told = self.service.introduction.get("bands", {})
         if "state" in told:
-            self.band = Band.of(*told["state"], self.service.contract.state.names)
+            low, high = told["state"]
+            self.band = Band.of(low, high, self.service.contract.state.names)
             for name in self.band.names:
                 for side in SIDES:
                     self.outside.labels(name, side)
@@ -161,7 +169,7 @@ class Metrics(Listener, Collector):
                 self.outside.labels(self.band.names[i], side).inc()
         self.shares.append(float(sum(beyond.mean() for beyond in found.values())))
 
-    def collect(self) -> Iterator[GaugeMetricFamily | SummaryMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """What is looked up when Prometheus asks."""
         yield _quantiles("triune_stage_latency_seconds", f"The same of the latest {self.settings.window} requests.", "stage", self.latest)
         yield from self.surprise.collect()
@@ -181,7 +189,7 @@ class Metrics(Listener, Collector):
         for more in self.extra:
             yield from more()
 
-    def describe(self) -> list[GaugeMetricFamily]:
+    def describe(self) -> list[Metric]:
         """Nothing: the registry need not ask for it when it is told of this collector."""
         return []
 

@@ -8,7 +8,6 @@ import asyncio
 import logging
 import os
 import queue
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ... import __version__
 from ...data.files import remove
@@ -32,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 WAITING = 2
 """Incidents that wait for the thread; each keeps what it will write in memory."""
-NICE = 10
 
 
 class Recorder(Listener):
@@ -107,7 +105,7 @@ class Recorder(Listener):
         self._queue.put(None)
         self._thread.join()
 
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Its numbers for /metrics."""
         family = CounterMetricFamily(
             "triune_incidents", "Incidents that the recorder wrote, dropped, or failed to write.", labels=["outcome"]
@@ -162,8 +160,6 @@ class Recorder(Listener):
 
     def _work(self) -> None:
         """The thread: writes incidents, and removes the oldest where they take too much room."""
-        if sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # of this thread alone
         while (job := self._queue.get()) is not None:
             folder, head, rows = job
             began = time.perf_counter()
@@ -201,8 +197,8 @@ def recorded(exchange: Exchange, now: float) -> Recorded:
         assert refusal is not None
         return Recorded(*asked, code=refusal.code, message=str(refusal), seconds=exchange.seconds)
     same = exchange.planned is None or np.array_equal(exchange.planned, reply.actions, equal_nan=True)
-    facts = {"seconds": exchange.seconds, "timing": dict(reply.timing), "events": dict(reply.events)}
-    return Recorded(*asked, actions=reply.actions, planned=None if same else exchange.planned, **facts)
+    planned, timing, events = None if same else exchange.planned, dict(reply.timing), dict(reply.events)
+    return Recorded(*asked, actions=reply.actions, seconds=exchange.seconds, timing=timing, events=events, planned=planned)
 
 
 def held(arrays: Iterable[np.ndarray]) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from prometheus_client.core import CounterMetricFamily, SummaryMetricFamily
+from prometheus_client.core import CounterMetricFamily, Metric, SummaryMetricFamily
 
 from ...data import Contract
 from ..base import Request
@@ -90,7 +90,7 @@ class Surprise:
         self.foreseen, self.still, self.count = self.foreseen + foreseen, self.still + still, self.count + 1
         self.found.append(foreseen / max(still, STILL))
 
-    def collect(self) -> Iterator[CounterMetricFamily | SummaryMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """The numbers for /metrics."""
         family = SummaryMetricFamily(
             "triune_foresight_surprise", "Error of foresight against that of expecting no change; 1 is no better.", labels=[]
@@ -110,7 +110,7 @@ class Surprise:
 
 def small(image: np.ndarray, cells: Sequence[int] | np.ndarray) -> np.ndarray:
     """Means over ``cells`` (rows, columns) of an image (H, W, 3) that has at least as many pixels: float32 (rows, columns, 3)."""
-    out = image.astype(np.float32)
+    out: np.ndarray = image.astype(np.float32)
     for axis, count in enumerate(cells):
         edges = np.linspace(0, out.shape[axis], int(count) + 1).astype(int)
         sizes = np.diff(edges).reshape([-1 if a == axis else 1 for a in range(3)])

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, Metric
 
 from ...errors import UserError
 from ..base import Request
@@ -84,7 +84,7 @@ class Viewer(Listener):
         self._stream.flush(timeout_sec=5.0)
         self._stream.disconnect()
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Its number for /metrics."""
         yield CounterMetricFamily(
             "triune_viewer_left_out", "Exchanges and events that the viewer could not keep up with.", value=self.left_out
@@ -194,7 +194,7 @@ class Viewer(Listener):
         for name in contract.action.names:
             place = f"{root}/action/{rr.escape_entity_path_part(name)}"
             styles = {"action": place, "limit": f"{place}/limit", "band": f"{place}/band"}
-            overrides = {where: rr.SeriesLines(colors=[COLOURS[kind]]) for kind, where in styles.items()}
+            overrides: Any = {where: rr.SeriesLines(colors=[COLOURS[kind]]) for kind, where in styles.items()}
             plots.append(rrb.TimeSeriesView(origin=place, name=name, overrides=overrides))
         words = [
             rrb.TextDocumentView(origin=f"{root}/instruction", name="instruction"),
