@@ -8,6 +8,7 @@ import numpy as np
 
 from ...data import ActionChunk
 from ...data.incidents import Recorded, runs
+from ...errors import UserError
 from ..base import Request
 from .process import Source
 from .service import Refusal, Service
@@ -45,7 +46,7 @@ async def replay(
         progress: called with (requests done, all).
 
     Raises:
-        UserError: the policy cannot be loaded.
+        UserError: the policy cannot be loaded, or cannot begin a session in the middle as the record does.
     """
     service = Service(source, window=0.0, guarded=False)  # what the guard changes depends on what was sent before
     await service.start()
@@ -56,6 +57,11 @@ async def replay(
             for row in run:
                 known = service.sessions.get(session)
                 if known is None or known.step != row.step:
+                    if row.step and not service.introduction["skips"]:
+                        raise UserError(
+                            f"the record of session {row.session} has a gap before its request {row.step}, and this policy can only go on "
+                            "from the first; replay a record that holds its sessions from their beginning (record.mode=always)"
+                        )
                     await service.reset(session, row.seed, row.step)
                 found.append(await _ask(service, session, row, tolerance))
                 if progress is not None:

@@ -53,7 +53,7 @@ def make(name: str, arguments: dict[str, Any]) -> Policy:
 
 def introduction(policy: Policy) -> dict[str, Any]:
     """What the server must know of its policy."""
-    said = {"limits": policy.limits, "realtime": policy.realtime, "bands": policy.bands}
+    said = {"limits": policy.limits, "realtime": policy.realtime, "bands": policy.bands, "skips": type(policy).skip is not Policy.skip}
     return {"contract": policy.contract.model_dump(mode="json")} | said
 
 

@@ -84,3 +84,9 @@ class Shifted(Fake):
     def _plan(self, request: Request, batch: int) -> Plan:
         plan = super()._plan(request, batch)
         return Plan(ActionChunk(plan.chunk.actions + 1, plan.chunk.rate, plan.chunk.time), plan.foresight, timing=plan.timing)
+
+
+class Forward(Fake):
+    """As ``Fake``, and cannot begin in the middle."""
+
+    skip = Policy.skip

@@ -262,3 +262,8 @@ def test_a_kill_while_writing_leaves_no_half_incident(tmp_path: Path) -> None:
     assert (tmp_path / "i").exists() or b"written" not in rest
     if (tmp_path / "i").exists():
         assert len(read_incident(tmp_path / "i")[1]) == 300
+
+
+def test_a_policy_that_cannot_begin_in_the_middle_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has a gap before its request 3"):
+        asyncio.run(replay(Source("fakes:Forward", {"size": SIZE}, 1), [row(3)]))
