@@ -36,6 +36,7 @@ class Line:
         keys: names that clients of other protocols have for cameras, state and instruction.
         in_flight: requests that it may have under way.
         deadline: seconds for requests that bring none.
+        timed: is told what a stage of a message took, in milliseconds.
     """
 
     connection: Connection
@@ -48,6 +49,7 @@ class Line:
     keys: Keys
     in_flight: int = 16
     deadline: float | None = None
+    timed: Callable[[str, float], None] = lambda stage, ms: None
     decoded: float = 0.0
 
     async def frames(self) -> AsyncIterator[bytes | str]:
@@ -74,8 +76,12 @@ class Line:
         except WireError as error:
             raise Refusal("bad_request", str(error)) from None
         self.decoded = 1e3 * (time.perf_counter() - began)
+        self.timed("decode", self.decoded)
         return message
 
     async def send(self, message: Any) -> None:
         """Send one message."""
-        await self.connection.send(pack(message))
+        began = time.perf_counter()
+        frame = pack(message)
+        self.timed("encode", 1e3 * (time.perf_counter() - began))
+        await self.connection.send(frame)

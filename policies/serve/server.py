@@ -26,9 +26,10 @@ from ...errors import UserError
 from .config import Serve
 from .dialects import groot, harness, openpi, triune
 from .line import Connection, Line
+from .operations import Operations
 from .process import Source
 from .security import Rate, Token, tls
-from .service import Service
+from .service import Refusal, Service
 from .zmtp import Broken, Peer
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class Server:
             "/health": lambda: (200, "application/json", json.dumps({"status": "ok"}).encode()),
             "/config": lambda: (200, "application/json", harness.config(config.batch, config.window_ms)),
         }
+        self.operations = Operations(config, service, name)
+        self.pages |= self.operations.pages
         self.draining = False
         self._numbers = itertools.count()
         self._sockets: dict[str, Socket | asyncio.Server] = {}
@@ -127,7 +130,11 @@ class Server:
         Raises:
             UserError: the policy cannot be loaded, the config's keys are not its own, or a port is taken.
         """
-        await self.service.start()
+        try:
+            await self.service.start()
+        except BaseException:
+            self.operations.close()
+            raise
         try:
             self.config.keys.check(self.service.contract)
             await self._listen("port", lambda port: self._websocket(port, DIALECTS))
@@ -171,6 +178,7 @@ class Server:
         loop, told = asyncio.get_running_loop(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, told.set)
+        loop.add_signal_handler(signal.SIGUSR1, self.operations.record)
         while not told.is_set() and self.service.failed is None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(told.wait(), timeout=0.5)
@@ -179,18 +187,19 @@ class Server:
             raise UserError(str(self.service.failed))
 
     async def stop(self) -> None:
-        """Take no more connections and requests, answer those in flight, close."""
+        """Take no more connections and requests, answer those in flight, close. Until then /readyz says 503."""
         self.draining = True
+        await self.service.drain(self.config.drain)
         websockets = [socket for socket in self._sockets.values() if isinstance(socket, Socket)]
         for socket in self._sockets.values():
             socket.close(close_connections=False) if isinstance(socket, Socket) else socket.close()
-        await self.service.drain(self.config.drain)
         for connection in [connection for socket in websockets for connection in socket.connections]:
             await connection.close(1001, "the server is stopping")
         await self._part()
         for socket in self._sockets.values():
             await socket.wait_closed()
         await self.service.stop()
+        await asyncio.to_thread(self.operations.close)
 
     async def _part(self) -> None:
         """Close the connections of GR00T's clients; those that do not fetch their last answer lose it."""
@@ -214,8 +223,10 @@ class Server:
         if path in ("/healthz", "/readyz", "/health"):
             return _page(*self.pages[path]())
         if not self.knocks.allows(address):
+            self.service.refused(Refusal("busy", "too many connections"), address)
             return _page(429, "text/plain", b"too many connections; wait some seconds\n")
         if not self.token.admits_header(request.headers.get("Authorization")):
+            self.service.refused(Refusal("unauthorized", "no token, or another one"), address)
             return _page(401, "text/plain", b"this server needs its token: Authorization: Bearer <token>\n")
         if path in self.pages:
             return _page(*self.pages[path]())
@@ -256,7 +267,8 @@ class Server:
         number, config = next(self._numbers), self.config
         deadline = None if config.deadline_ms is None else config.deadline_ms / 1e3
         seed = config.seed + number
-        line = Line(connection, f"c{number}", address, seed, self.limits, self.rate, self.token, config.keys, config.in_flight, deadline)
+        given = (self.limits, self.rate, self.token, config.keys, config.in_flight, deadline, self.service.timed)
+        line = Line(connection, f"c{number}", address, seed, *given)
         self.connections[address] += 1
         logger.info("%s connected from %s to %s", line.name, address, where)
         try:
