@@ -191,6 +191,8 @@ class Service:
         until = time.monotonic() + patience
         while (self.waiting or self._busy or self.asked) and time.monotonic() < until:
             await asyncio.sleep(0.01)
+        for _ in range(20):  # turns of the loop in which those who waited for an answer send it
+            await asyncio.sleep(0)
 
     async def stop(self) -> None:
         """Refuse what still waits, and end the policy's process."""
