@@ -81,8 +81,8 @@ class OpenpiClient:
         deadline: float | None = None,
         foresight: bool = False,
     ) -> Plan:
-        """What to do next. Of ``prefix``, ``delay``, ``deadline`` and ``foresight``, which a control loop gives to any client, nothing is sent:
-        openpi's protocol has no words for them.
+        """What to do next. Of ``prefix``, ``delay``, ``deadline`` and ``foresight``, which a control loop gives to any client, nothing is
+        sent: openpi's protocol has no words for them.
 
         Raises:
             ServerError: the server failed; its text is the message.
