@@ -105,7 +105,7 @@ def test_pictures_may_come_encoded() -> None:
         ({"type": "infer", "session": "a"}, "has an observation"),
         ({"type": "infer", "session": "a", "observation": seen() | {"state": np.full(8, np.nan, np.float32)}}, "finite"),
         ({"type": "infer", "session": "a", "observation": seen(), "deadline": "soon"}, "deadline must be"),
-        ({"type": "infer", "session": "a", "observation": seen(), "delay": -1}, "delay and samples"),
+        ({"type": "infer", "session": "a", "observation": seen(), "delay": -1}, "delay must be"),
         ({"type": "infer", "session": "b", "observation": seen()}, "has not begun"),
         ({"type": "infer", "observation": seen()}, "names its session"),
         ({"type": "reset", "session": "x" * 200}, "names its session"),
