@@ -33,6 +33,7 @@ class Refusal(Exception):
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
         self.code = code
+        self.heard = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +247,7 @@ class Service:
             chunk = answer["chunk"]
             actions, events = self._safe(session, request, chunk["actions"])
         except Refusal as refusal:
-            seconds = time.perf_counter() - began
+            seconds, refusal.heard = time.perf_counter() - began, True
             self._heard(Exchange(request, session.seed if session else 0, session.step if session else 0, None, refusal, seconds))
             raise
         finally:
@@ -457,8 +458,8 @@ class Service:
             listener.timed(stage, ms)
 
     def refused(self, refusal: Refusal, client: str) -> None:
-        """Tell listeners of a message that was refused before it became a request."""
-        for listener in self.listeners:
+        """Tell listeners of a message that was refused, unless they heard of it as a request."""
+        for listener in self.listeners if not refusal.heard else ():
             listener.refused(refusal, client)
 
     def _heard(self, exchange: Exchange) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import triune_client
 from triune_client import Client, EncodedImage, ServerError, WireError, decode_image, pack
 from websockets.frames import Opcode
 from websockets.server import ServerProtocol

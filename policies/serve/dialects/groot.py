@@ -220,6 +220,7 @@ async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
             try:
                 answer = await talk.answer(frame)
             except Refusal as refusal:
+                service.refused(refusal, line.name)
                 answer = {"error": public(str(refusal))}
             await line.connection.send(pack(answer))
     finally:
