@@ -36,7 +36,8 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
     source = Source("triune.policies:load_policy", {"path": policy, "precision": precision}, settings.batch)
-    service = Service(source, window=settings.window_ms / 1e3, queue=settings.queue, patience=settings.patience)
+    memory = int(settings.waiting_mib * 2**20)
+    service = Service(source, window=settings.window_ms / 1e3, queue=settings.queue, patience=settings.patience, memory=memory)
 
     async def run() -> None:
         server = Server(settings, service, Path(policy).name)

@@ -1,15 +1,78 @@
-"""One websocket connection as a dialect sees it."""
+"""One websocket connection as a dialect sees it, and what it may cost."""
 
+import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from triune_client.wire import Limits, WireError, pack, unpack
+import numpy as np
+from triune_client.wire import EncodedImage, Limits, WireError, decode_image, pack, unpack
 from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosedOK
+from websockets.frames import Frame, Opcode
 
-from .security import Rate
+from .security import Rate, Room
 from .service import Refusal
+
+FRAGMENTS = 4096
+"""Parts of one message. A part may be empty, so the bytes of a message do not bound them."""
+PINGS = 8
+"""Pings of a client that does not read. Answers to pings wait in memory, and asyncio counts what waits at each write."""
+
+
+class Bounded(ServerConnection):
+    """A connection that takes its place in ``room``, and is cut when what was sent to it is not read.
+
+    Args:
+        room: where there is none the connection ends at once.
+        silence: seconds that bytes may wait for the client to read.
+    """
+
+    def __init__(self, *args: Any, room: Room, silence: float, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.room, self.silence = room, silence
+        self._entered = False
+        self._pings = 0
+        self._stalled: asyncio.TimerHandle | None = None
+
+    @property
+    def address(self) -> str:
+        """Where the client is, without its port."""
+        return self._address
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        remote = transport.get_extra_info("peername")
+        self._address = str(remote[0]) if remote else "unknown"
+        self._entered = self.room.enter(self._address)
+        if not self._entered:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._entered:
+            self.room.leave(self._address)
+        if self._stalled is not None:
+            self._stalled.cancel()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._pings = 0
+        self._stalled = self.loop.call_later(self.silence, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+
+    def process_event(self, event: Any) -> None:
+        super().process_event(event)
+        if self.paused and isinstance(event, Frame) and event.opcode is Opcode.PING:
+            self._pings += 1
+            if self._pings > PINGS:
+                self.transport.abort()
 
 
 @dataclass
@@ -21,6 +84,7 @@ class Line:
         seed: of the first session that it begins without one.
         in_flight: requests that it may have under way.
         deadline: seconds for requests that bring none.
+        silence: seconds within which a message that began must end.
     """
 
     connection: ServerConnection
@@ -31,12 +95,31 @@ class Line:
     rate: Rate
     in_flight: int = 16
     deadline: float | None = None
+    silence: float = 20.0
     decoded: float = 0.0
 
     async def frames(self) -> AsyncIterator[bytes | str]:
-        """Frames as they come, until the other side closes."""
-        async for frame in self.connection:
-            yield frame
+        """Messages as they come, until the other side closes, or begins one that does not end."""
+        try:
+            while True:
+                yield await self._frame()
+        except ConnectionClosedOK:
+            return
+        except TimeoutError:
+            await self.connection.close(1008, f"a message did not end within {self.silence:g} s")
+        except _Shredded:
+            await self.connection.close(1008, f"a message came in more than {FRAGMENTS} parts")
+
+    async def _frame(self) -> bytes | str:
+        parts: list[Any] = []
+        async with asyncio.timeout(None) as limit:
+            async for part in self.connection.recv_streaming():
+                if not parts:
+                    limit.reschedule(asyncio.get_running_loop().time() + self.silence)
+                parts.append(part)
+                if len(parts) > FRAGMENTS:
+                    raise _Shredded
+        return parts[0] if len(parts) == 1 else type(parts[0])().join(parts)
 
     def decode(self, frame: bytes | str) -> Any:
         """The message in a frame; ``decoded`` is how many milliseconds that took.
@@ -56,6 +139,31 @@ class Line:
         self.decoded = 1e3 * (time.perf_counter() - began)
         return message
 
+    async def pixels(self, images: dict[Any, Any]) -> dict[str, np.ndarray]:
+        """Pictures by camera, decoded where they came encoded. What they will take is known before any is decoded.
+
+        Raises:
+            Refusal: they are larger together than a frame may be, or something else than pictures.
+        """
+        size = sum(math.prod(image.shape) for image in images.values() if isinstance(image, EncodedImage))
+        if size > self.limits.frame:
+            raise Refusal("too_large", f"the pictures have {size} bytes when decoded, over the limit of {self.limits.frame}")
+        pictures: dict[str, np.ndarray] = {}
+        for camera, image in images.items():
+            if isinstance(image, EncodedImage):
+                try:
+                    image = await asyncio.to_thread(decode_image, image, self.limits)
+                except WireError as error:
+                    raise Refusal("bad_request", str(error)) from None
+            if not isinstance(camera, str) or not isinstance(image, np.ndarray):
+                raise Refusal("bad_request", "images are a map from the name of a camera to its picture")
+            pictures[camera] = image
+        return pictures
+
     async def send(self, message: Any) -> None:
         """Send one message."""
         await self.connection.send(pack(message))
+
+
+class _Shredded(Exception):
+    """A message in too many parts."""

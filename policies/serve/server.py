@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import http
 import itertools
 import json
@@ -14,17 +15,17 @@ from typing import Any
 from triune_client.wire import Limits
 from websockets.asyncio.server import Server as Socket
 from websockets.asyncio.server import ServerConnection, serve
-from websockets.datastructures import Headers
+from websockets.datastructures import Headers, MultipleValuesError
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HTTPRequest
 from websockets.http11 import Response
 
 from ... import __version__
 from ...errors import UserError
-from .config import Serve
+from .config import LOOPBACK, Serve
 from .dialects import triune
-from .line import Line
-from .security import Rate, Token, tls
+from .line import Bounded, Line
+from .security import Rate, Room, Token, from_a_page, names_this_machine, tls, worth_logging
 from .service import Service
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 Dialect = Callable[[Line, Service, dict[str, Any]], Awaitable[None]]
 DIALECTS: Mapping[str, Dialect] = {"/v1": triune.speak}
 """Path -> the protocol that is spoken there."""
+HANDSHAKES = 32
+"""Sockets beyond the connections that may be open: of clients that are not let in yet, and of operators."""
 
 
 class Server:
@@ -50,6 +53,7 @@ class Server:
         self.limits = Limits(frame=int(config.frame_mib * 2**20))
         self.rate = Rate(config.rate, 2 * config.rate)
         self.knocks = Rate(20.0, 100.0)
+        self.room = Room(config.clients + 2 * HANDSHAKES, config.each_address + HANDSHAKES)
         self.connections: Counter[str] = Counter()
         self.pages: dict[str, Callable[[], tuple[int, str, bytes]]] = {
             "/healthz": lambda: (200, "text/plain", b"OK\n"),
@@ -93,6 +97,11 @@ class Server:
             UserError: the policy cannot be loaded, or the port is taken.
         """
         await self.service.start()
+        config = self.config
+        if config.host not in LOOPBACK and self.ssl is None:
+            logger.warning("the token and all pictures cross the network readable by others: give tls_cert and tls_key")
+        sockets = logging.getLogger(f"{__name__}.sockets")
+        sockets.addFilter(worth_logging)
         try:
             self._socket = await serve(
                 self._serve,
@@ -102,9 +111,15 @@ class Server:
                 process_request=self._enter,
                 compression=None,
                 max_size=self.limits.frame,
-                max_queue=4,
-                open_timeout=10,
+                max_queue=(2, 0),
+                open_timeout=config.silence,
+                close_timeout=3,
+                ping_interval=config.silence,
+                ping_timeout=config.silence,
                 server_header=None,
+                logger=sockets,
+                create_connection=functools.partial(Bounded, room=self.room, silence=config.silence),  # type: ignore[arg-type]
+                **({} if self.ssl is None else {"ssl_handshake_timeout": config.silence, "ssl_shutdown_timeout": 3}),
             )
         except OSError as error:
             await self.service.stop()
@@ -133,8 +148,7 @@ class Server:
             self._socket.close(close_connections=False)
         await self.service.drain(self.config.drain)
         if self._socket is not None:
-            for connection in self._socket.connections:
-                await connection.close(1001, "the server is stopping")
+            await asyncio.gather(*(connection.close(1001, "the server is stopping") for connection in self._socket.connections))
             await self._socket.wait_closed()
         await self.service.stop()
 
@@ -144,44 +158,57 @@ class Server:
 
     async def _enter(self, connection: ServerConnection, request: HTTPRequest) -> Response | None:
         """Answer what operators ask, and let those in who may speak."""
-        address = _address(connection)
+        assert isinstance(connection, Bounded)
         path = request.path.split("?")[0]
         if path in ("/healthz", "/readyz", "/health"):
             return _page(*self.pages[path]())
-        if not self.knocks.allows(address):
+        if not self.knocks.allows(connection.address):
             return _page(429, "text/plain", b"too many connections; wait some seconds\n")
-        if not self.token.admits_header(request.headers.get("Authorization")):
-            return _page(401, "text/plain", b"this server needs its token: Authorization: Bearer <token>\n")
+        refused = self._refused(connection.address, path, request.headers)
+        if refused is not None:
+            logger.info("%s was not let in: %s", connection.address, refused[1])
+            return _page(refused[0], "text/plain", f"{refused[1]}\n".encode())
+        return _page(*self.pages[path]()) if path in self.pages else None
+
+    def _refused(self, address: str, path: str, headers: Headers) -> tuple[int, str] | None:
+        """Why somebody may not enter, as an HTTP status and a sentence."""
+        try:
+            origin, host, authorization = (headers.get(name) for name in ("Origin", "Host", "Authorization"))
+        except MultipleValuesError:
+            return 400, "a header came twice"
+        if from_a_page(origin, self.config.origins):
+            return 403, "web pages may not connect; the server's operator can name some in origins"
+        if not self.token.required and not names_this_machine(host, LOOPBACK):
+            return 403, "without a token this server answers as localhost only"
+        if not self.token.admits_header(authorization):
+            return 401, "this server needs its token: Authorization: Bearer <token>"
         if path in self.pages:
-            return _page(*self.pages[path]())
+            return None
         if path not in DIALECTS:
-            return _page(404, "text/plain", f"nothing is spoken here; known: {', '.join(DIALECTS)}\n".encode())
-        if self.draining or sum(self.connections.values()) >= self.config.clients:
-            return _page(503, "text/plain", b"the server takes no more connections now\n")
+            return 404, f"nothing is spoken here; known: {', '.join(DIALECTS)}"
+        if self.draining or self.connections.total() >= self.config.clients:
+            return 503, "the server takes no more connections now"
+        if self.connections[address] >= self.config.each_address:
+            return 503, "the server takes no more connections of this address; its operator can raise each_address"
         return None
 
     async def _serve(self, connection: ServerConnection) -> None:
-        assert connection.request is not None
-        number, address = next(self._numbers), _address(connection)
+        assert isinstance(connection, Bounded) and connection.request is not None
+        number, address, path = next(self._numbers), connection.address, connection.request.path.split("?")[0]
         config = self.config
         deadline = None if config.deadline_ms is None else config.deadline_ms / 1e3
         seed = config.seed + number
-        line = Line(connection, f"c{number}", address, seed, self.limits, self.rate, config.in_flight, deadline)
+        line = Line(connection, f"c{number}", address, seed, self.limits, self.rate, config.in_flight, deadline, config.silence)
         self.connections[address] += 1
-        logger.info("%s connected from %s to %s", line.name, address, connection.request.path)
+        logger.info("%s connected from %s to %s", line.name, address, path)
         try:
-            await DIALECTS[connection.request.path.split("?")[0]](line, self.service, self.welcome())
+            await DIALECTS[path](line, self.service, self.welcome())
         except ConnectionClosed:
             pass  # the client left in the middle of an answer
         finally:
             self.connections[address] -= 1
             self.connections += Counter()  # forgets addresses without connections
             logger.info("%s left", line.name)
-
-
-def _address(connection: ServerConnection) -> str:
-    remote = connection.remote_address
-    return str(remote[0]) if remote else "unknown"
 
 
 def _page(status: int, kind: str, body: bytes) -> Response:

@@ -103,11 +103,22 @@ class Service:
         window: seconds that a batch waits for sessions that asked of late and will ask again soon.
         queue: requests that may wait; further ones are refused as ``busy``.
         patience: seconds of one turn after which the policy's process is taken for hung and killed.
+        memory: bytes of pictures and numbers in all requests that wait or are under way; further ones are refused as ``busy``.
         restarts: deaths within a minute after which it is not started again.
     """
 
-    def __init__(self, source: Source, *, window: float = 0.004, queue: int = 256, patience: float = 300.0, restarts: int = 5) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        window: float = 0.004,
+        queue: int = 256,
+        patience: float = 300.0,
+        memory: int = 1 << 30,
+        restarts: int = 5,
+    ) -> None:
         self.source, self.window, self.limit, self.patience, self.restarts = source, window, queue, patience, restarts
+        self.memory, self.held = memory, 0
         self.listeners: list[Listener] = []
         self.sessions: dict[str, _Session] = {}
         self.waiting: deque[_Waiting] = deque()
@@ -180,11 +191,14 @@ class Service:
         Raises:
             Refusal: ``late``, ``busy``, ``bad_request``, ``worker`` or ``internal``, with a sentence for the client.
         """
-        began = time.perf_counter()
+        began, size = time.perf_counter(), _bytes(request)
         session = self.sessions.get(request.session)
+        self.held += size
         try:
             if session is None:
                 raise Refusal("bad_request", f"session '{request.session}' has not begun: send a reset before the first request")
+            if self.held > self.memory:
+                raise Refusal("busy", f"requests of {self.held >> 20} MiB wait already; send smaller pictures, or ask less often")
             session.asked = began
             answer = await self._put("plan", request.session, _tree(request, foresight), deadline)
             if "code" in answer:
@@ -193,6 +207,8 @@ class Service:
             seconds = time.perf_counter() - began
             self._heard(Exchange(request, session.seed if session else 0, session.step if session else 0, None, refusal, seconds))
             raise
+        finally:
+            self.held -= size
         chunk = answer["chunk"]
         reply = Reply(chunk["actions"], chunk["rate"], chunk["time"], answer["timing"], answer["value"], {}, answer["foresight"])
         self._heard(Exchange(request, session.seed, session.step, reply, None, time.perf_counter() - began))
@@ -247,7 +263,7 @@ class Service:
         planned: set[str] = set()
         while self.waiting:
             head = self.waiting[0]
-            if head.future.done():  # late, or its client has gone
+            if head.kind == "plan" and head.future.done():  # late, or its client has gone
                 self.waiting.popleft()
                 continue
             if head.session in planned or len(planned) == self.source.batch:
@@ -273,6 +289,10 @@ class Service:
             answer = await self.process.ask(commands)
         except ProcessDied as death:
             await self._died(turn, death)
+            return
+        except Exception as defect:  # what was sent and what was read may not belong together any more
+            logger.exception("a turn failed")
+            await self._died(turn, ProcessDied(type(defect).__name__))
             return
         finally:
             hung.cancel()
@@ -344,6 +364,12 @@ class Service:
 def _settle(waiting: _Waiting, answer: Any) -> None:
     if not waiting.future.done():
         waiting.future.set_result(answer)
+
+
+def _bytes(request: Request) -> int:
+    """What a request holds in memory."""
+    settled = 0 if request.prefix is None else request.prefix.actions.nbytes
+    return settled + request.observation.state.nbytes + sum(image.nbytes for image in request.observation.images.values())
 
 
 def _tree(request: Request, foresight: bool) -> dict[str, Any]:

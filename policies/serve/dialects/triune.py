@@ -15,7 +15,6 @@ import time
 from typing import Any
 
 import numpy as np
-from triune_client.wire import EncodedImage, Limits, WireError, decode_image
 
 from ....config import parse
 from ....data import ActionChunk, Contract, Observation
@@ -30,6 +29,8 @@ LONGEST = 100
 """Characters of a session's name."""
 SESSIONS = 64
 """Sessions of one connection."""
+MOST = 1000
+"""Steps of delay, and samples."""
 
 
 async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
@@ -53,7 +54,7 @@ async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
                     await line.send({"type": "welcome", "id": number} | welcome)
                     continue
                 if not greeted:
-                    raise Refusal("bad_request", f"the first message must be hello, and '{kind}' came")
+                    raise Refusal("bad_request", f"the first message must be hello, and '{kind[:20]}' came")
                 if len(tasks) >= line.in_flight:
                     raise Refusal("busy", f"{len(tasks)} requests of this connection are under way; wait for an answer before the next")
                 work = await _work(kind, message, line, service, sessions)
@@ -66,10 +67,11 @@ async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
             tasks.add(task)
             task.add_done_callback(tasks.discard)
     finally:
+        await asyncio.sleep(0)  # a task that is cancelled before its first step forgets what it was to do
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for name in sessions.values():
+        for name in [name for name in service.sessions if name.startswith(f"{line.name}/")]:
             await service.close(name)
 
 
@@ -103,10 +105,10 @@ def _greet(message: dict[str, Any], service: Service) -> None:
 async def _work(kind: str, message: dict[str, Any], line: Line, service: Service, sessions: dict[str, str]) -> Any:
     """What a message asks for, as a coroutine of the answer. Sessions begin and end in the order of messages."""
     if kind not in ("reset", "end", "infer"):
-        raise Refusal("bad_request", f"there is no message '{kind}'; known: hello, reset, infer, end")
+        raise Refusal("bad_request", f"there is no message '{kind[:20]}'; known: hello, reset, infer, end")
     name = message.get("session")
-    if not isinstance(name, str) or not 0 < len(name) <= LONGEST:
-        raise Refusal("bad_request", f"a message names its session, a text of 1 to {LONGEST} characters")
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST or not name.isprintable():
+        raise Refusal("bad_request", f"a message names its session, a text of 1 to {LONGEST} printable characters")
     if kind == "reset":
         seed = message.get("seed", line.seed + len(sessions))
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
@@ -119,43 +121,43 @@ async def _work(kind: str, message: dict[str, Any], line: Line, service: Service
         raise Refusal("bad_request", f"session '{name}' has not begun: send a reset before the first request")
     if kind == "end":
         return _ready(service.close(sessions.pop(name)))
-    request, decoded = await _request(message, sessions[name], service.contract, line.limits)
+    request, decoded = await _request(message, sessions[name], service.contract, line)
     deadline = _number(message, "deadline", line.deadline, least=0.0)
     timing = {"decode": line.decoded + decoded}
     return _plan(service.plan(request, deadline, foresight=message.get("foresight") is True), timing)
 
 
-async def _request(message: dict[str, Any], session: str, contract: Contract, limits: Limits) -> tuple[Request, float]:
+async def _request(message: dict[str, Any], session: str, contract: Contract, line: Line) -> tuple[Request, float]:
     """The request in a message, and the milliseconds that its pictures took."""
     began = time.perf_counter()
     seen = message.get("observation")
     if not isinstance(seen, dict) or not isinstance(seen.get("images"), dict):
         raise Refusal("bad_request", "an infer message has an observation: images by camera, state, instruction, timestamp")
-    images = dict(seen["images"])
+    images = await line.pixels(seen["images"])
     try:
-        for camera, image in images.items():
-            if isinstance(image, EncodedImage):
-                images[camera] = await asyncio.to_thread(decode_image, image, limits)
         instruction = seen.get("instruction", "")
         if not isinstance(instruction, str):
             raise Refusal("bad_request", "the instruction must be a text")
         observation = Observation(images, _array(seen.get("state"), "state"), instruction, _number(seen, "timestamp", 0.0) or 0.0)
         prefix = message.get("prefix")
         chunk = None if prefix is None else ActionChunk(_array(prefix, "prefix"), contract.rate or 0.0, observation.timestamp)
-    except (UserError, WireError) as error:
+    except UserError as error:
         raise Refusal("bad_request", public(str(error))) from None
     delay, samples = message.get("delay", 0), message.get("samples", 1)
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= 1000 for n in (delay, samples)) or samples < 1:
-        raise Refusal("bad_request", "delay and samples are whole numbers of steps and chunks, samples at least 1")
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MOST for n in (delay, samples)) or samples < 1:
+        raise Refusal("bad_request", f"delay and samples are whole numbers of steps and chunks, at most {MOST}, samples at least 1")
     return Request(session, observation, chunk, delay, samples), 1e3 * (time.perf_counter() - began)
 
 
 def _array(value: Any, what: str) -> np.ndarray:
-    if isinstance(value, list | tuple):
-        value = np.asarray(value)
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of different lengths
+        array = np.asarray(None)
+    if not isinstance(value, np.ndarray | list) or array.dtype.kind not in "iuf":
         raise Refusal("bad_request", f"{what} must be an array of numbers")
-    return value
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as such
+        return array.astype(np.float32, copy=False)
 
 
 def _number(tree: dict[str, Any], key: str, default: float | None, least: float = -math.inf) -> float | None:
