@@ -229,7 +229,8 @@ def _scalar(entries: Mapping[Any, Any], bin_keys: bool, limits: Limits) -> objec
         span = np.iinfo(kind)
         if not int(span.min) <= value <= int(span.max):
             raise WireError(f"{value} is out of the range of {kind}")
-    return kind.type(value)
+    with np.errstate(over="ignore"):  # what the type cannot hold is infinite, as numpy has it
+        return kind.type(value)
 
 
 def _image(entries: Mapping[Any, Any], bin_keys: bool, limits: Limits) -> EncodedImage:

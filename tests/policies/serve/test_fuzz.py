@@ -158,8 +158,10 @@ def test_in_memory_every_mutant_is_answered_or_ends_its_connection(spoken: Spoke
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         got = asyncio.run(_exchange(spoken, mutator, count, fresh))
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{spoken.path}: {count} mutants, {got['connections']:.0f} connections, {len(mutator.corpus) - len(spoken.valid)} kept, "
-          f"longest {1e3 * got['longest']:.0f} ms, memory + {grown:.0f} MiB")  # fmt: skip
+    print(
+        f"{spoken.path}: {count} mutants, {got['connections']:.0f} connections, {len(mutator.corpus) - len(spoken.valid)} kept, "
+        f"longest {1e3 * got['longest']:.0f} ms, memory + {grown:.0f} MiB"
+    )
     assert got["longest"] < 5 and grown < 200
     assert len(mutator.corpus) > len(spoken.valid) + 5, "watching for new lines finds none"
 
