@@ -10,7 +10,9 @@ from .output import print_json, print_renderable, progress_bar
 
 def evaluate(
     suite: Annotated[str, typer.Argument(help="A name in configs/suite, or a path to a YAML file.")],
-    policy: Annotated[str, typer.Option(help="Checkpoint or run folder; 'expert' for the worlds' scripted experts.")],
+    policy: Annotated[
+        str, typer.Option(help="Checkpoint or run folder; ws://host:port of a server; 'expert' for the worlds' scripted experts.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the suite.")] = None,
     episodes: Annotated[int | None, typer.Option(min=1, help="Episodes per task; as the suite says unless given.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="First seed; evaluation seeds begin at 1,000,000.")] = 1_000_000,
@@ -47,6 +49,7 @@ def judge(
     from ..eval import evaluate as run
     from ..policies import find_checkpoint
     from ..policies.lerobot import is_lerobot
+    from ..policies.remote import is_remote
 
     with progress_bar("episodes") as progress:
         results = run(
@@ -59,7 +62,7 @@ def judge(
             overrides=overrides,
             on_episode=lambda _, done, total: progress(done, total),
         )
-    if policy == EXPERT or is_lerobot(find_checkpoint(policy)):
+    if policy == EXPERT or is_remote(policy) or is_lerobot(find_checkpoint(policy)):
         write_report(out, beside=beside)
     else:
         write_report(out, graph_svg=_graph(policy), provenance=_training_of_weights(policy), beside=beside)

@@ -10,13 +10,15 @@ from typing import Annotated
 import typer
 
 from .. import UserError, __version__
-from . import bench, data, doctor, evaluate, model, quickstart, serve, train, verify
+from . import bench, client, data, doctor, evaluate, model, quickstart, serve, train, trial, verify
 
 app = typer.Typer(name="vla", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("quickstart")(quickstart.quickstart)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("serve")(serve.serve)
+app.command("client")(client.client)
+app.command("trial")(trial.trial)
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.command("verify")(verify.verify)

@@ -78,11 +78,13 @@ def score(
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Folder of a released policy: of lerobot, openpi's PyTorch or Isaac-GR00T N1.6, N1.7.")
+        Path, typer.Argument(metavar="SRC", help="Folder of a released policy: of lerobot, openpi's PyTorch or Isaac-GR00T N1.5 to N1.7.")
     ],
     out: Annotated[Path, typer.Argument(help="The checkpoint to write; must not be there yet.")],
-    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What an openpi folder does not tell.")] = None,
-    config: Annotated[str | None, typer.Option(help="The same from configs/openpi or a YAML file.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What a folder of openpi or GR00T N1.5 does not tell.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="The same from configs/openpi, configs/groot or a YAML file.")] = None,
     embodiment: Annotated[str | None, typer.Option(help="Which robot of a GR00T.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder with the tokenizer, where the hub's cache does not hold it.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,

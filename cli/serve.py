@@ -25,7 +25,7 @@ def serve(
     from ..errors import UserError
 
     try:
-        from ..policies.serve import Serve, Server, Service, Source
+        from ..policies.serve import Serve, Server, Source
     except ImportError as error:
         raise UserError(f"serving needs packages that are not here ({error}): pip install 'triune-vla[serve]'") from None
 
@@ -36,11 +36,9 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
     source = Source("triune.policies:load_policy", {"path": policy, "precision": precision}, settings.batch)
-    memory = int(settings.waiting_mib * 2**20)
-    service = Service(source, window=settings.window_ms / 1e3, queue=settings.queue, patience=settings.patience, memory=memory)
 
     async def run() -> None:
-        server = Server(settings, service, Path(policy).name)
+        server = Server.of(settings, source, Path(policy).name)
         await server.start()
         logging.info("%s is served at %s", policy, server.url)
         await server.run()

@@ -54,7 +54,8 @@ def _show(report: "Report") -> None:
     if report.epochs is not None:
         print(f"data: {report.samples:,} starts of chunks, each seen {report.epochs:.2f} times")
     if report.step_seconds is not None and report.seconds is not None:
-        print(f"time: {report.step_seconds:.3f} s a step, {duration(report.seconds)} for {report.steps} steps")
+        waiting = "" if report.waiting_seconds is None else f" ({report.waiting_seconds / report.step_seconds:.0%} of it waiting for data)"
+        print(f"time: {report.step_seconds:.3f} s a step{waiting}, {duration(report.seconds)} for {report.steps} steps")
     if report.preparation_seconds is not None:
         print(f"before the first step: {duration(report.preparation_seconds)}")
     print(f"time is {report.time_from}")

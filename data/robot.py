@@ -18,6 +18,7 @@ from .readers.images import ImageSource
 from .readers.metadata import camera_name
 
 SOURCE = re.compile(r"(?P<feature>[^\[\]]+)\[(?P<index>\d+)\]")
+UNIT = re.compile(r"(?P<size>\d+(\.\d*)?)? ?(?P<of>.*)")
 UNKNOWN = "unknown"
 
 
@@ -76,6 +77,36 @@ class Part(_Known):
         return Vector(names=names, units=known, frame=self.frame, rotation=self.rotation, gripper=self.gripper, mode=self.mode)
 
 
+class SlotLimits(_Known):
+    """What may be sent in one slot of the action, in its unit, per second and per second squared. What is left out or unknown is free.
+
+    Attributes:
+        mode: how the number counts, where it is not ``action.mode``, as of a gripper among steps.
+        min, max: of the number itself: where to go (absolute), or one step (relative).
+        velocity, acceleration: of what is commanded; a step counts for one period of the control rate.
+        state: the slot of the state that reports where this one is; by default, of places, the one of the same name and unit.
+    """
+
+    mode: Literal["absolute", "relative"] | None = None
+    min: float | None = None
+    max: float | None = None
+    velocity: float | None = Field(default=None, gt=0)
+    acceleration: float | None = Field(default=None, gt=0)
+    state: str | None = None
+
+
+class Limits(_Known):
+    """What may be sent to a robot.
+
+    Attributes:
+        action: slot of the action -> its limits.
+        workspace: slot of the state -> lowest and highest place, in that slot's unit; kept by the action slot whose ``state`` it is.
+    """
+
+    action: dict[str, SlotLimits] = Field(default_factory=dict)
+    workspace: dict[str, tuple[float, float]] = Field(default_factory=dict)
+
+
 class Robot(_Known):
     """What a mapping file says."""
 
@@ -84,6 +115,7 @@ class Robot(_Known):
     cameras: dict[str, RobotCamera]
     state: Part
     action: Part
+    limits: Limits | None = None
 
     @model_validator(mode="after")
     def _distinct(self) -> "Robot":
@@ -93,7 +125,51 @@ class Robot(_Known):
                 raise ValueError(f"{part} has several slots named {', '.join(twice)}")
             if not slots:
                 raise ValueError(f"{part} needs at least one slot")
+        _ = self.action_limits
         return self
+
+    @property
+    def action_limits(self) -> dict[str, Any] | None:
+        """What ``triune_client.ActionLimits.from_dict`` reads: one row for each slot of the action, in order; ``None`` without ``limits``.
+
+        Raises:
+            ValueError: a limit names no slot, has no meaning, or its unit cannot be compared with the state's.
+        """
+        if self.limits is None:
+            return None
+        unknown = sorted(set(self.limits.action) - {slot.name for slot in self.action.slots})
+        if unknown:
+            raise ValueError(f"limits.action names {', '.join(unknown)}; slots of the action are {_names(self.action)}")
+        rows = [self._limited(slot, self.limits.action.get(slot.name, SlotLimits())) for slot in self.action.slots]
+        reported = {row["state"] for row in rows if "state" in row}
+        idle = [name for name in self.limits.workspace if _index(self.state, name, "limits.workspace") not in reported]
+        if idle:
+            raise ValueError(f"limits.workspace: no slot of the action has `state: {idle[0]}`, so nothing would keep it")
+        return {"dimensions": rows, "source": f"robot {self.name}"}
+
+    def _limited(self, slot: Slot, limits: SlotLimits) -> dict[str, Any]:
+        """One row of ``action_limits``."""
+        where, mode = f"limits.action.{slot.name}", limits.mode or self.action.mode
+        numbers = limits.model_dump(include={"min", "max", "velocity", "acceleration"}, exclude_none=True)
+        if mode is None and set(numbers) - {"min", "max"}:
+            raise ValueError(f"{where}: say `mode`; whether it is absolute or relative is unknown, and a velocity means other things")
+        if limits.min is not None and limits.max is not None and limits.min > limits.max:
+            raise ValueError(f"{where}: min {limits.min:g} is above max {limits.max:g}")
+        if mode == "relative" and not (limits.min or 0) <= 0 <= (limits.max or 0):
+            raise ValueError(f"{where}: a step of 0 is outside min and max, so the robot could never stand still")
+        row: dict[str, Any] = {"name": slot.name, "unit": slot.unit, "mode": mode, **numbers}
+        same = [other.name for other in self.state.slots if mode == "absolute" and (other.name, other.unit) == (slot.name, slot.unit)]
+        state = limits.state or next((name for name in same if slot.unit is not None), None)
+        if state is not None:
+            if mode is None:
+                raise ValueError(f"{where}: say `mode`; whether the number is a place or a step from `state` is unknown")
+            row["state"] = _index(self.state, state, where)
+            row["scale"] = _scale(slot, self.state.slots[row["state"]], where)
+            if self.limits is not None and state in self.limits.workspace:
+                row["low"], row["high"] = self.limits.workspace[state]
+                if row["low"] > row["high"]:
+                    raise ValueError(f"limits.workspace.{state}: {row['low']:g} is above {row['high']:g}")
+        return {key: value for key, value in row.items() if value is not None}
 
     @property
     def contract(self) -> Contract:
@@ -168,6 +244,26 @@ def load_robot(name: str | Path, overrides: list[str] | None = None) -> Robot:
         UserError: there is no such file, or it is not valid.
     """
     return load(Robot, find(str(name), "robot"), overrides)
+
+
+def _names(part: Part) -> str:
+    return ", ".join(slot.name for slot in part.slots)
+
+
+def _index(state: Part, name: str, where: str) -> int:
+    names = [slot.name for slot in state.slots]
+    if name not in names:
+        raise ValueError(f"{where}: the state has no slot '{name}'; it has {_names(state)}")
+    return names.index(name)
+
+
+def _scale(slot: Slot, state: Slot, where: str) -> float:
+    """One unit of ``slot`` in the unit of ``state``: of ``0.05 m`` in ``m`` 0.05."""
+    sizes = [UNIT.fullmatch(unit) for unit in (slot.unit or "", state.unit or "")]
+    if sizes[0] is None or sizes[1] is None or sizes[0]["of"] != sizes[1]["of"] or not float(sizes[0]["size"] or 1) > 0:
+        units = " and ".join("unknown" if unit is None else f"'{unit}'" for unit in (slot.unit, state.unit))
+        raise ValueError(f"{where}: its unit and that of state {state.name} are {units}; write the same one twice, such as 0.05 m and m")
+    return float(sizes[0]["size"] or 1) / float(sizes[1]["size"] or 1)
 
 
 def _upright(source: ImageSource, camera: RobotCamera) -> ImageSource:

@@ -118,26 +118,51 @@ class Affine(Strict):
     Attributes:
         shift, scale: one number per dimension, or such a row for every step of a chunk. Where the scale is 0 nothing varies: any value
             becomes 0, and what is undone the shift.
-        clip: whether values in network units are brought into [-1, 1], on both ways.
+        clip: whether values in network units are brought into [-1, 1], on both ways; for all dimensions, or for each.
     """
 
     shift: Row | tuple[Row, ...]
     scale: Row | tuple[Row, ...]
     bias: float = 0.0
-    clip: bool = False
+    clip: bool | tuple[bool, ...] = False
 
     def normalise(self, values: np.ndarray) -> np.ndarray:
         """Physical units to network units, float32 (..., D)."""
         shift, scale = np.array(self.shift, np.float32), np.array(self.scale, np.float32)
         still = scale == 0
         normal = np.where(still, np.float32(0), (values.astype(np.float32) - shift) / np.where(still, 1, scale) + np.float32(self.bias))
-        return normal.clip(-1, 1) if self.clip else normal
+        return self._clipped(normal)
 
     def unnormalise(self, values: np.ndarray) -> np.ndarray:
         """Network units to physical units, float32 (..., D)."""
         shift, scale = np.array(self.shift, np.float32), np.array(self.scale, np.float32)
-        normal = values.astype(np.float32).clip(-1, 1) if self.clip else values.astype(np.float32)
-        return (normal - np.float32(self.bias)) * scale + shift
+        return (self._clipped(values.astype(np.float32)) - np.float32(self.bias)) * scale + shift
+
+    def _clipped(self, normal: np.ndarray) -> np.ndarray:
+        return np.where(self.clip, normal.clip(-1, 1), normal)
+
+
+class Angles(Strict):
+    """Numbers of the state that a network takes as sine and cosine: of each of the ``groups`` first all sines, then all cosines.
+
+    Attributes:
+        groups: where each begins and ends (exclusive), in order.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+
+    @property
+    def added(self) -> int:
+        """How many numbers more the network takes."""
+        return sum(end - begin for begin, end in self.groups)
+
+    def apply(self, state: np.ndarray) -> np.ndarray:
+        """States (..., S) as the network takes them, (..., S + added)."""
+        parts, done = [], 0
+        for begin, end in self.groups:
+            parts += [state[..., done:begin], np.sin(state[..., begin:end]), np.cos(state[..., begin:end])]
+            done = end
+        return np.concatenate([*parts, state[..., done:]], axis=-1)
 
 
 class RelativePose(Strict):

@@ -1,9 +1,10 @@
 """``evaluate``: a suite, a policy, seeds -> ``episodes.jsonl`` and ``results.json``."""
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..envs.view import choose, describe
 from ..errors import UserError
 from ..policies import Policy, find_checkpoint, load_policy
 from ..policies.lerobot import is_lerobot, load_lerobot
+from ..policies.remote import RemotePolicy, is_remote, open_remote
 from .controls import Change, Control
 from .episodes import Job, Ledger, Row
 from .film import Cinema
@@ -61,7 +63,8 @@ def evaluate(
 
     Args:
         suite: name in ``configs/suite/``, or path of a YAML file.
-        policy: checkpoint folder, ours or lerobot's, or ``expert`` for the scripted experts of the worlds.
+        policy: checkpoint folder, ours or lerobot's; the address of a server, ``ws://host:port`` or ``wss://...`` (its token in
+            ``TRIUNE_TOKEN``); or ``expert`` for the scripted experts of the worlds.
         out: folder for ``results.json``, ``episodes.jsonl``, ``videos/`` and ``foresight/``.
         episodes: per task, instead of the suite's numbers.
         seed: first seed; episode i of each task has seed ``seed + i``.
@@ -75,25 +78,32 @@ def evaluate(
     """
     began = time.perf_counter()
     spec = load_suite(suite, overrides)
-    checkpoint = None if policy == EXPERT else find_checkpoint(policy)
+    remote = is_remote(policy)
+    checkpoint = None if policy == EXPERT or remote else find_checkpoint(policy)
     controls = {} if policy == EXPERT else spec.controls
     cutting = [name for name, control in controls.items() if control.cut is not None]
     if checkpoint is not None and is_lerobot(checkpoint) and cutting:
         raise UserError(
             f"{policy} is a policy of lerobot, which has no edges to cut; drop the control '{cutting[0]}' (controls=null drops all)"
         )
+    if remote and (within := [name for name, control in controls.items() if control.cut is not None or control.state == "blank"]):
+        raise UserError(
+            f"the control '{within[0]}' needs the checkpoint itself, and {policy} is a server; drop it (controls=null drops all)"
+        )
     check_seeds(seed, max(spec.count(task, None, episodes) for task in spec.tasks))
     offers = {task: camera_names(spec.world(task)) for task in spec.tasks}
-    acting = None if checkpoint is None else _load(checkpoint)
+    acting = open_remote(policy) if remote else None if checkpoint is None else _load(checkpoint)
     facts = {task: _facts(spec, task, offers[task], None if acting is None else acting.contract, policy) for task in spec.tasks}
-    fingerprint = None if checkpoint is None else sha256(checkpoint / identity_file(checkpoint))
+    fingerprint = _served(acting) if isinstance(acting, RemotePolicy) else None
+    if checkpoint is not None:
+        fingerprint = sha256(checkpoint / identity_file(checkpoint))
     _claim(out, spec, suite, fingerprint)
     ledger = Ledger(out / "episodes.jsonl")
     batches = _batches(spec, controls, checkpoint, facts, seed, episodes)
     keys = [job.key for jobs in batches.values() for job in jobs]
     cinema = Cinema(out, spec.videos.first, spec.videos.failures)
     fresh = 0
-    with one_thread(), WorldPool(workers) as pool:
+    with one_thread(), WorldPool(workers) as pool, closing(acting) if isinstance(acting, RemotePolicy) else nullcontext():
         for cuts, jobs in batches.items():
             left = [job for job in jobs if job.key not in ledger.rows]
             if cuts and left and checkpoint is not None:
@@ -204,6 +214,12 @@ def _facts(spec: Suite, task: str, offers: tuple[str, ...], wanted: Contract | N
 
 def _load(path: Path, cuts: Cuts = ()) -> Policy:
     return load_lerobot(path) if is_lerobot(path) else load_policy(path, cuts=cuts)
+
+
+def _served(policy: RemotePolicy) -> str:
+    """What tells served policies apart, as far as a server says it: the policy's name and contract."""
+    welcome = policy.client.welcome
+    return f"served {hashlib.sha256(json.dumps([welcome.policy, welcome.contract], sort_keys=True).encode()).hexdigest()}"
 
 
 def identity_file(checkpoint: Path) -> str:

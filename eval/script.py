@@ -101,6 +101,9 @@ def play(job: Job, policy: Policy | None, settle: int, cinema: Cinema) -> Script
                 answer = yield from _chunk(job, policy, settle, tape, answer)
     except EpisodeError as problem:
         error = str(problem)
+    finally:
+        if policy is not None:
+            policy.close(job.slug)
     success = tape.first_success is not None and error is None
     if error is None and cinema.wants(job, success):
         try:

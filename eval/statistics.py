@@ -2,7 +2,8 @@
 
 Nothing here needs more than the standard library and numpy. Sources: Wilson 1927 (interval of one rate), Newcombe 1998,
 Statistics in Medicine 17:2635, method 10 (interval of a paired difference), McNemar 1947 in its exact form, Connor 1987
-(sample size of a paired comparison).
+(sample size of a paired comparison), Tango 1998, Statistics in Medicine 17:891 (score test of a paired difference), Chan and Zhang 1999,
+Biometrics 55:1202 (exact intervals from a score test).
 """
 
 import math
@@ -57,6 +58,64 @@ def paired_interval(both: int, only_a: int, only_b: int, neither: int, confidenc
     down = math.sqrt((rate_a - low_a) ** 2 - 2 * phi * (rate_a - low_a) * (high_b - rate_b) + (high_b - rate_b) ** 2)
     up = math.sqrt((high_a - rate_a) ** 2 - 2 * phi * (high_a - rate_a) * (rate_b - low_b) + (rate_b - low_b) ** 2)
     return max(-1.0, rate_a - rate_b - down), min(1.0, rate_a - rate_b + up)
+
+
+def exact_difference(only_a: int, only_b: int, pairs: int, confidence: float = 0.95) -> Interval:
+    """An interval of ``rate(a) - rate(b)`` that covers it with at least ``confidence`` for any number of pairs, however few.
+
+    Every difference is kept that a one-sided test does not reject at half of ``1 - confidence``: Tango's score orders the outcomes, and their
+    chance is summed, not approximated, at the worst share of discordant pairs.
+
+    Args:
+        only_a, only_b: pairs in which one of the two alone succeeded.
+
+    Raises:
+        ValueError: there are more of those than ``pairs``.
+    """
+    if not (only_a >= 0 and only_b >= 0 and only_a + only_b <= pairs):
+        raise ValueError(f"{only_a} and {only_b} discordant pairs of {pairs}")
+    if pairs == 0:
+        return -1.0, 1.0
+    level = (1 - confidence) / 2
+    return _least(only_a, only_b, pairs, level), -_least(only_b, only_a, pairs, level)
+
+
+def _least(b: int, c: int, n: int, level: float) -> float:
+    """The smallest difference at which as many as ``b`` against ``c`` of ``n`` are not yet too unlikely."""
+    low, high = -1.0, (b - c) / n
+    if _tail(b, c, n, -1.0 + 1e-9) > level:
+        return -1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _tail(b, c, n, middle) > level else (middle, high)
+    return low
+
+
+def _tail(b: int, c: int, n: int, difference: float) -> float:
+    """The largest chance, over the shares of discordant pairs, of an outcome that says as much for ``a`` as ``b`` against ``c`` does."""
+    all_b, all_c = (values.ravel() for values in np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij"))
+    possible = all_b + all_c <= n
+    all_b, all_c = all_b[possible], all_c[possible]
+    extreme = _score(all_b, all_c, n, difference) >= _score(np.array([b]), np.array([c]), n, difference)[0] - 1e-9
+    kept_b, kept_c = all_b[extreme], all_c[extreme]
+    logs = np.array([math.lgamma(i + 1) for i in range(n + 1)])
+    ways = logs[n] - logs[kept_b] - logs[kept_c] - logs[n - kept_b - kept_c]
+    least = max(0.0, -difference)
+    worst = 0.0
+    for share in np.linspace(least, (1 - difference) / 2, 64):
+        parts = np.maximum([share + difference, share, 1 - 2 * share - difference], 1e-300)
+        chance = np.exp(ways + kept_b * np.log(parts[0]) + kept_c * np.log(parts[1]) + (n - kept_b - kept_c) * np.log(parts[2]))
+        worst = max(worst, float(chance.sum()))
+    return worst
+
+
+def _score(b: np.ndarray, c: np.ndarray, n: int, difference: float) -> np.ndarray:
+    """Tango's statistic of a paired difference; larger speaks for a larger one."""
+    square, line = 2.0 * n, -b - c + (2 * n - b + c) * difference
+    rest = -c * difference * (1 - difference)
+    share = (np.sqrt(np.maximum(line**2 - 4 * square * rest, 0.0)) - line) / (2 * square)
+    spread = np.sqrt(np.maximum(n * (2 * share + difference * (1 - difference)), 1e-12))
+    return np.asarray((b - c - n * difference) / spread)
 
 
 def episodes_needed(only_a: int, only_b: int, episodes: int, confidence: float = 0.95, power: float = 0.8) -> int | None:

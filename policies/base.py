@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,9 @@ class Request:
     Attributes:
         session: name of the episode or robot; state that a policy keeps is kept per session.
         observation: what is seen now.
-        prefix: actions already committed for the coming steps, if any.
-        delay: control steps that will have been executed before the answer can take effect.
+        prefix: what is left of the chunk before, in physical units; the first of it is executed in the control step that begins at the
+            observation. The answer goes on from it.
+        delay: control steps that will have been executed before the answer can take effect: so many actions of ``prefix`` are settled.
         samples: how many chunks to draw.
     """
 
@@ -37,13 +39,15 @@ class Plan:
         foresight: draws what is expected to be seen after the executed part, camera name -> uint8 (H, W, 3); absent where
             the policy foresees nothing. Drawing takes time that only who looks should pay.
         value: the policy's own estimate of success, where it has one.
-        timing: stage -> milliseconds.
+        timing: stage -> milliseconds; also the age of what was not computed anew, ``age of <phase>``.
+        samples: all chunks that were drawn, ``chunk`` the first; empty where one was asked for.
     """
 
     chunk: ActionChunk
     foresight: Callable[[], dict[str, np.ndarray]] | None = None
     value: float | None = None
     timing: dict[str, float] = field(default_factory=dict)
+    samples: tuple[ActionChunk, ...] = ()
 
 
 class Policy(ABC):
@@ -51,6 +55,17 @@ class Policy(ABC):
     for any batch composition and any number of workers."""
 
     contract: Contract
+
+    @property
+    def limits(self) -> dict[str, Any] | None:
+        """What may be sent to its robot, as ``triune_client.ActionLimits.from_dict`` reads it; ``None`` where it knows none."""
+        return None
+
+    @property
+    def realtime(self) -> dict[str, int | bool]:
+        """What becomes of ``Request.prefix``: ``prefix``, how many of its actions may be settled as the policy was trained to; ``guided``,
+        whether any number may lead the answer. Neither: it is refused."""
+        return {"prefix": 0, "guided": False}
 
     @abstractmethod
     def reset(self, session: str, seed: int) -> None:
@@ -60,12 +75,12 @@ class Policy(ABC):
     def plan(self, requests: list[Request]) -> list[Plan]:
         """Answer a batch of requests, in order."""
 
+    def close(self, session: str) -> None:  # noqa: B027  # most policies keep nothing
+        """End an episode: what is kept of the session may be forgotten. One that never began is no error."""
+
     def act(self, request: Request) -> Plan:
         """``plan`` of one."""
         return self.plan([request])[0]
-
-    def close(self, session: str) -> None:  # noqa: B027 - a policy that keeps nothing of a session has nothing to forget
-        """Forget a session that has ended, if it was ever begun."""
 
     def warm(self, sessions: int) -> None:
         """Do what the first calls pay for, before anyone waits: compile, capture, allocate.

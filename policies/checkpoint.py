@@ -360,7 +360,9 @@ def verify(checkpoint: Checkpoint, policy: Policy, dtype: Dtype = "float32") -> 
 def _answer(policy: Policy, observation: Observation, index: int, seed: int) -> np.ndarray:
     session = f"golden-{index}"
     policy.reset(session, seed)
-    return policy.act(Request(session, observation)).chunk.actions
+    actions = policy.act(Request(session, observation)).chunk.actions
+    policy.close(session)
+    return actions
 
 
 def _read(folder: Path, name: str, model: type[T]) -> T:

@@ -1,4 +1,5 @@
-"""A released policy as a checkpoint that acts the same: of lerobot (pi0, pi0.5, SmolVLA), openpi (pi0, pi0.5) and Isaac-GR00T (N1.6, N1.7).
+"""A released policy as a checkpoint that acts the same: of lerobot (pi0, pi0.5, SmolVLA), openpi (pi0, pi0.5) and Isaac-GR00T (N1.5, N1.6,
+N1.7).
 
 What its transforms do becomes settings and statistics, so that the policy needs no word of where it came from. The code that it was
 written with is not needed: its folder is JSON and safetensors.
@@ -24,6 +25,7 @@ from .checkpoint import read_checkpoint, write_checkpoint, write_golden
 from .inputs import PlainPrompts
 from .released import Release, groot, lerobot, openpi
 from .released.base import VLM, WEIGHTS
+from .released.groot_robot import Asked
 from .triune import anchored, from_checkpoint, graph_info
 
 TEXT = "Task: stack_it, State: -1 0 255;\nAction: "  # a tokenizer must say the same of it after saving
@@ -42,7 +44,8 @@ def convert(
     Args:
         source: a folder that lerobot, openpi or Isaac-GR00T wrote.
         tokenizer: a folder with the tokenizer, where the local hub cache does not hold the one that the policy names.
-        config: what an openpi folder does not tell: a name in ``configs/openpi``, or a YAML file like those; changes: of its values.
+        config: what a folder of openpi or GR00T N1.5 does not tell: a name in ``configs/openpi`` or ``configs/groot``, or a YAML file like
+            those; changes: of its values.
         embodiment: the robot, of those that a GR00T folder holds.
 
     Returns:
@@ -56,12 +59,12 @@ def convert(
     if not source.is_dir():
         raise UserError(f"there is no folder {source}; give the folder of a released policy")
     kind = "GR00T" if groot.wrote(source) else "openpi" if openpi.wrote(source) else "lerobot"
-    if kind != "openpi" and (config is not None or changes):
-        raise UserError(f"{source} is of {kind} and not of openpi, which --config and KEY=VALUE are for; leave them out")
+    if kind == "lerobot" and (config is not None or changes):
+        raise UserError(f"{source} is of lerobot, whose folders tell what --config and KEY=VALUE are for; leave them out")
     if kind != "GR00T" and embodiment is not None:
         raise UserError(f"{source} is of {kind} and of one robot; leave --embodiment out")
     if kind == "GR00T":
-        release = groot.read(source, tokenizer, embodiment)
+        release = groot.read(source, tokenizer, Asked(embodiment, config, tuple(changes or ())))
     elif kind == "openpi":
         release = openpi.read(source, tokenizer, config, list(changes or []))
     else:

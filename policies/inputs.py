@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from math import floor
 from typing import Any, Literal
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import Strict
-from ..data.transforms import Relative, RelativePose
+from ..data.transforms import Angles, Relative, RelativePose
 from ..errors import UserError
 from ..vla.experts.pretrained import PretrainedVLM
+from ..vla.realtime import Realtime
 
 
 class Resize(Strict):
@@ -22,19 +24,19 @@ class Resize(Strict):
 
     Attributes:
         shape: ``fit`` scales them until they fit and leaves the rest black, ``padded`` makes them squares with black before they are
-            scaled, and ``square`` takes squares alone.
+            scaled, ``square`` takes squares alone, and ``stretched`` scales each side for itself.
         at: where a picture that fits lies: in the ``centre`` (of an odd rest the larger half comes after it), or at the ``bottom_right``.
         filter: ``bilinear`` takes four pixels and does not round; ``pillow`` is Pillow's, which takes all that shrink into one and rounds;
-            ``area`` is OpenCV's INTER_AREA.
-        crop: the share of each side that is kept from the middle and scaled once more.
+            ``area`` is OpenCV's INTER_AREA; ``smooth`` is torchvision's with antialiasing, in numbers from 0 to 1 and then cut off.
+        crop: the share of each side that is kept from the middle and scaled once more; what is ``stretched`` is scaled after it alone.
         first: height and width for all of this, where Pillow's bicubic filter makes ``height`` x ``width`` of it last.
     """
 
     height: PositiveInt
     width: PositiveInt
-    shape: Literal["fit", "padded", "square"] = "fit"
+    shape: Literal["fit", "padded", "square", "stretched"] = "fit"
     at: Literal["centre", "bottom_right"] = "centre"
-    filter: Literal["bilinear", "pillow", "area"] = "bilinear"
+    filter: Literal["bilinear", "pillow", "area", "smooth"] = "bilinear"
     crop: PositiveFloat | None = None
     first: tuple[PositiveInt, PositiveInt] | None = None
 
@@ -42,6 +44,8 @@ class Resize(Strict):
     def _squared(self) -> "Resize":
         if self.shape == "fit" and (self.crop is not None or self.first is not None):
             raise ValueError("crop and first are for pictures that are squares; set shape: padded or square")
+        if self.shape == "stretched" and self.first is not None:
+            raise ValueError("first is for pictures that are squares; set shape: padded or square")
         return self
 
     def __call__(self, images: UInt8[Tensor, "*S 3 Y X"]) -> Float[Tensor, "*S 3 H W"]:
@@ -54,6 +58,9 @@ class Resize(Strict):
         if self.shape == "square" and rows != columns:
             raise UserError(f"a picture is {rows}x{columns}, the policy takes squares; crop or pad it before")
         flat, scale = images.reshape(-1, 3, rows, columns), SCALES[self.filter]
+        if self.shape == "stretched":
+            last = scale(flat if self.crop is None else _middle(flat, self.crop, round), (self.height, self.width))
+            return last.reshape(*before, *last.shape[1:])
         if self.shape != "fit":
             size = self.first or (self.height, self.width)
             whole = scale(_square(flat), size)
@@ -89,6 +96,11 @@ def _area(images: Tensor, size: tuple[int, int]) -> Float[Tensor, "N 3 H W"]:
     return _each(images, lambda image: cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA))
 
 
+def _smooth(images: Tensor, size: tuple[int, int]) -> Float[Tensor, "N 3 H W"]:
+    scaled = F.interpolate(images.float() / 255, size, mode="bilinear", align_corners=False, antialias=True)
+    return (scaled * 255).floor()
+
+
 def _each(images: Tensor, scale: Callable[[np.ndarray], Any]) -> Float[Tensor, "N 3 H W"]:
     """Each picture scaled on the host, as an array (Y, X, 3)."""
     arrays = images.byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -96,7 +108,12 @@ def _each(images: Tensor, scale: Callable[[np.ndarray], Any]) -> Float[Tensor, "
     return torch.from_numpy(scaled).permute(0, 3, 1, 2).float().to(images.device)
 
 
-SCALES: Mapping[str, Callable[[Tensor, tuple[int, int]], Tensor]] = {"bilinear": _bilinear, "pillow": _pillow, "area": _area}
+SCALES: Mapping[str, Callable[[Tensor, tuple[int, int]], Tensor]] = {
+    "bilinear": _bilinear,
+    "pillow": _pillow,
+    "area": _area,
+    "smooth": _smooth,
+}
 """Filter -> (pixels (N, 3, Y, X) from 0 to 255, (H, W)) -> scaled pixels (N, 3, H, W)."""
 
 
@@ -108,10 +125,10 @@ def _square(images: Tensor) -> Tensor:
     return F.pad(images, (left, side - columns - left, above, side - rows - above))
 
 
-def _middle(images: Tensor, share: float) -> Tensor:
-    """The middle of pictures (N, 3, Y, X), so much of each side."""
+def _middle(images: Tensor, share: float, whole: Callable[[float], int] = floor) -> Tensor:
+    """The middle of pictures (N, 3, Y, X), so much of each side; ``whole``: where it begins if that is a half."""
     height, width = (max(1, int(side * share)) for side in images.shape[2:])
-    above, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
+    above, left = whole((images.shape[2] - height) / 2), whole((images.shape[3] - width) / 2)
     return images[:, :, above : above + height, left : left + width]
 
 
@@ -145,12 +162,15 @@ class Words(Strict):
 
 class Settings(Strict):
     """What ``settings`` in ``policy.json`` says. Without ``resize`` images must have the contract's size; without ``words`` the model
-    folder's own processor makes the prompt; ``relative``, ``poses``: which actions are counted from the state."""
+    folder's own processor makes the prompt; ``relative``, ``poses``: which actions are counted from the state; ``realtime``: how a chunk
+    goes on from the one before; ``angles``: which of its numbers are seen as sine and cosine."""
 
     resize: Resize | None = None
     words: Words | None = None
     relative: Relative | None = None
     poses: tuple[RelativePose, ...] = ()
+    realtime: Realtime = Realtime()
+    angles: Angles | None = None
 
     @model_validator(mode="after")
     def _sized(self) -> "Settings":
@@ -162,6 +182,10 @@ class Settings(Strict):
     def counts(self) -> bool:
         """Whether some actions are counted from the state."""
         return self.relative is not None or bool(self.poses)
+
+    def felt(self, state: np.ndarray) -> np.ndarray:
+        """Normalised states (B, S) as the network takes them."""
+        return state if self.angles is None else self.angles.apply(state)
 
     def counted(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         """Actions (B, C, A) as the network counts them from the state (B, S) in which their chunk begins."""

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ class LeRobotPolicy(Policy):
     """A policy of lerobot with its own processors, asked one observation at a time: its noise comes from torch's global generator, which
     is set for each by (seed, step of the session), so answers do not depend on who else asks.
 
+    Policies that do real-time chunking go on from what is left of the chunk before, by lerobot's own guidance: as their ``rtc_config``
+    says, or by its defaults with all that is left as the horizon.
+
     Args:
         policy: a ``PreTrainedPolicy`` that plans a chunk from one observation; before, after: its processors.
 
@@ -64,15 +68,26 @@ class LeRobotPolicy(Policy):
         self.policy, self.before, self.after = policy.eval(), before, after
         self.contract = read_contract(policy.config, before)
         self.sessions: dict[str, tuple[int, int]] = {}
+        self.guides = bool(policy.supports_rtc()) and hasattr(policy.config, "rtc_config") and hasattr(policy, "init_rtc_processor")
+        if self.guides:
+            _enable_guidance(policy)
+
+    @property
+    def realtime(self) -> dict[str, int | bool]:
+        return {"prefix": 0, "guided": self.guides}
 
     def reset(self, session: str, seed: int) -> None:
         self.sessions[session] = (seed, 0)
+
+    def close(self, session: str) -> None:
+        self.sessions.pop(session, None)
 
     def plan(self, requests: list[Request]) -> list[Plan]:
         """See ``Policy``.
 
         Raises:
-            UserError: a session was never reset, a camera is missing, or a prefix or several samples are asked for.
+            UserError: a session was never reset, a camera is missing, several samples are asked for, or a prefix is given to a policy that
+                cannot go on from it.
         """
         return [self._plan(request) for request in requests]
 
@@ -81,21 +96,45 @@ class LeRobotPolicy(Policy):
         began = time.perf_counter()
         if request.session not in self.sessions:
             raise UserError(f"session '{request.session}' has not begun: call reset(session, seed) before the first plan")
-        if request.prefix is not None or request.samples != 1:
-            raise UserError("this policy plans one chunk from the present observation; it takes neither a prefix nor several samples")
+        left = request.prefix if request.prefix is not None and len(request.prefix) else None
+        if request.samples != 1:
+            raise UserError("a policy of lerobot draws one chunk from an observation; ask with samples=1, in several sessions if need be")
+        if left is not None and not self.guides:
+            kind = self.policy.config.type
+            raise UserError(f"lerobot's {kind} does no real-time chunking, so it takes no prefix; leave it out and execute whole chunks")
         missing = [name for name in self.contract.camera_names if name not in request.observation.images]
         if missing:
             there = ", ".join(request.observation.images) or "none"
             raise UserError(f"the policy needs camera '{missing[0]}', the observation has {there}; map your cameras to its names")
+        seen = self.before(self._batch(request.observation))
+        how = {} if left is None else self._going_on(left, request)
         seed, step = self.sessions[request.session]
         self.sessions[request.session] = (seed, step + 1)
         with torch.random.fork_rng():
             torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1))
             self.policy.reset()
-            chunk = self.policy.predict_action_chunk(self.before(self._batch(request.observation)))
+            chunk = self.policy.predict_action_chunk(seen, **how)
         actions = self.after(chunk)[0].float().cpu().numpy()
         milliseconds = 1e3 * (time.perf_counter() - began)
         return Plan(ActionChunk(actions, self.contract.rate or 0.0, request.observation.timestamp), timing={"model": milliseconds})
+
+    def _going_on(self, left: ActionChunk, request: Request) -> dict[str, Any]:
+        """What is left of the chunk before as lerobot's policies take it: as their network sees actions, with the delay.
+
+        Raises:
+            UserError: the processors do not bring actions there and back, or they have other dimensions.
+        """
+        actions = torch.from_numpy(left.actions[: self.contract.chunk])[None]
+        if actions.shape[2] != self.contract.action.size:
+            raise UserError(f"the prefix has actions of {actions.shape[2]} numbers, the policy's have {self.contract.action.size}")
+        inward = self.before(self._batch(request.observation) | {"action": actions})["action"]
+        back = self.after(inward.clone()).float().cpu()
+        if back.shape != actions.shape or not torch.allclose(back, actions, atol=1e-4, rtol=1e-4):
+            kind = self.policy.config.type
+            raise UserError(
+                f"the processors of this {kind} do not bring actions into its network's units and back; ask it without a prefix"
+            )
+        return {"prev_chunk_left_over": inward, "inference_delay": min(request.delay, actions.shape[1])}
 
     def _batch(self, observation: Observation) -> dict[str, Any]:
         """One observation in lerobot's words: images (1, 3, Y, X) from 0 to 1."""
@@ -104,6 +143,15 @@ class LeRobotPolicy(Policy):
             for name in self.contract.camera_names
         }
         return seen | {"observation.state": torch.tensor(observation.state)[None], "task": [observation.instruction]}
+
+
+def _enable_guidance(policy: Any) -> None:
+    """Let a policy of lerobot take what is left of the chunk before; without it, it answers as ever."""
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
+    config = policy.config
+    config.rtc_config = replace(config.rtc_config or RTCConfig(execution_horizon=config.chunk_size), enabled=True)
+    policy.init_rtc_processor()
 
 
 def read_contract(config: Any, before: Any) -> Contract:

@@ -19,15 +19,19 @@ from ..errors import UserError
 from ..vla import Graph, Inputs, Model, Spec, build
 from ..vla.answers import Answers
 from ..vla.engine import Memory, cuda_graph, infer_again
+from ..vla.engine import Request as How
 from ..vla.experts.pretrained import PromptEncoder
 from ..vla.narrow import narrow, narrows
+from ..vla.realtime import Prefix, Realtime, check_settled, led, settled, trained
 from ..vla.spec import PretrainedExpert
 from ..vla.weights import anchor
 from .base import Plan, Policy, Request
 from .checkpoint import Checkpoint, Dtype, GraphInfo, read_checkpoint
 from .inputs import PlainPrompts, Settings
+from .safety import default_limits
 from .tuning import merge, tune
 
+Method = Literal["plain", "trained", "guided"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 BATCH = 4
@@ -68,6 +72,7 @@ class TriunePolicy(Policy):
         self.settings = settings or Settings()
         self.state = normaliser(statistics["observation.state"], contract.state)
         self.action = normaliser(statistics["action"], contract.action)
+        self.statistics = statistics
         self.prompts = prompt_encoder(model, self.settings)
         self.image_token = model.vlm(next(n for n, s in model.spec.streams.items() if s.tokens == "prompt")).image_token
         self.sessions: dict[str, _Session] = {}
@@ -86,35 +91,51 @@ class TriunePolicy(Policy):
     def reset(self, session: str, seed: int) -> None:
         self.sessions[session] = _Session(seed)
 
+    def close(self, session: str) -> None:
+        self.sessions.pop(session, None)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        return default_limits(self.statistics, self.contract, self.settings)
+
+    @property
+    def realtime(self) -> dict[str, int | bool]:
+        method = self.settings.realtime.method
+        return {"prefix": 0 if method == "guided" else trained(self.model), "guided": method != "trained"}
+
     def plan(self, requests: list[Request]) -> list[Plan]:
-        """See ``Policy``. Requests whose prompts are padded to one length are answered together.
+        """See ``Policy``. Requests whose prompts are padded to one length, and which want their answers alike, are answered together.
 
         Raises:
-            UserError: a session was never reset, or an observation does not fit the contract.
+            UserError: a session was never reset, an observation or a prefix does not fit the contract, or more actions are settled than
+                were in training and nothing else is allowed (``Realtime.method``).
         """
-        lengths = [self._length(r.observation) for r in requests]
+        kinds = [(self._length(r.observation), self._method(r), r.samples) for r in requests]
         plans: dict[int, Plan] = {}
-        for length in sorted(set(lengths)):
-            asked = [i for i, needed in enumerate(lengths) if needed == length]
+        for kind in sorted(set(kinds)):
+            asked = [i for i, needed in enumerate(kinds) if needed == kind]
             for start in range(0, len(asked), self.batch):
                 part = asked[start : start + self.batch]
-                plans |= zip(part, self._plan([requests[i] for i in part], length), strict=True)
+                plans |= zip(part, self._plan([requests[i] for i in part], *kind), strict=True)
         return [plans[i] for i in range(len(requests))]
 
     @torch.no_grad()
-    def _plan(self, requests: list[Request], length: int) -> list[Plan]:
+    def _plan(self, requests: list[Request], length: int, method: Method, samples: int) -> list[Plan]:
         began = time.perf_counter()
         past = [self.sessions[r.session].seen if r.session in self.sessions else [] for r in requests]
         missing = self.batch - len(requests)
         padded = requests + requests[-1:] * missing
         inputs = self.inputs([r.observation for r in padded], past + past[-1:] * missing)
-        drawn = [self._noise(r) for r in padded]
+        drawn = [self._noise(r, sample) for r in padded for sample in range(samples)]
         noise = {n: torch.from_numpy(np.stack([d[n] for d in drawn])).to(self.device, non_blocking=True) for n in drawn[0]}
-        encoded = time.perf_counter()
+        how = How(prefix=None if method == "plain" else self._prefix(padded, method, samples))
+        encoded, ages = time.perf_counter(), {}
         if self.batch == 1:
-            outputs = infer_again(self.model, inputs, noise, self.sessions[requests[0].session].memory, requests[0].observation.timestamp)
+            memory, now = self.sessions[requests[0].session].memory, requests[0].observation.timestamp
+            outputs = infer_again(self.model, inputs, noise, memory, now, how)
+            ages = {f"age of {n}": 1e3 * (now - ran) for n, ran in memory.ran.items() if self.model.graph.phases[n].period > 1}
         else:
-            outputs = self.answers(inputs, noise, length)
+            outputs = self.answers(inputs, noise, length, how)
         assert outputs.actions is not None
         for request in requests:
             session, frames = self.sessions[request.session], self.model.spec.history.frames
@@ -122,13 +143,13 @@ class TriunePolicy(Policy):
             if frames > 1:
                 session.seen = [*session.seen, self._seen(request.observation)][1 - frames :]
         actions = self.action.unnormalise(outputs.actions.float().cpu().numpy()[:, : self.contract.chunk, : self.contract.action.size])
-        actions = self.settings.absolute(actions, np.stack([r.observation.state for r in padded]))
-        timing = {"encode": 1e3 * (encoded - began), "model": 1e3 * (time.perf_counter() - encoded)}
-        rate = self.contract.rate or 0.0
-        return [
-            Plan(ActionChunk(actions[i], rate, r.observation.timestamp), self._drawing(outputs.foresight, i), timing=timing)
-            for i, r in enumerate(requests)
-        ]
+        actions = self.settings.absolute(actions, np.stack([r.observation.state for r in padded for _ in range(samples)]))
+        timing = {"encode": 1e3 * (encoded - began), "model": 1e3 * (time.perf_counter() - encoded)} | ages
+        rate, plans = self.contract.rate or 0.0, []
+        for row, request in zip(range(0, len(actions), samples), requests, strict=False):
+            chunks = tuple(ActionChunk(a, rate, request.observation.timestamp) for a in actions[row : row + samples])
+            plans.append(Plan(chunks[0], self._drawing(outputs.foresight, row), timing=timing, samples=chunks if samples > 1 else ()))
+        return plans
 
     def inputs(self, observations: Sequence[Observation], past: Sequence[list[torch.Tensor]] | None = None) -> Inputs:
         """Observations as the model's inputs.
@@ -151,7 +172,8 @@ class TriunePolicy(Policy):
         if not seen.all():  # image tokens stand in the order of the views, as many of each
             slots = ids == self.image_token
             present[slots] = seen.repeat_interleave(int(slots[0].sum()) // len(views), dim=1).flatten()
-        padded = np.pad(state, ((0, 0), (0, self.model.spec.state_dim - state.shape[1])))
+        felt = self.settings.felt(state)
+        padded = np.pad(felt, ((0, 0), (0, self.model.spec.state_dim - felt.shape[1])))
         return Inputs(images, ids, present, torch.from_numpy(padded)).each(lambda t: t.to(self.device, non_blocking=True))
 
     def _length(self, observation: Observation) -> int:
@@ -179,16 +201,44 @@ class TriunePolicy(Policy):
             return prompt(self.contract, observation.instruction)
         return words.fill(self.contract.prompt or "{instruction}", observation.instruction, state)
 
-    def _noise(self, request: Request) -> dict[str, np.ndarray]:
-        """Standard normal (T, X) for every flow, a function of (seed, step of the session) alone."""
+    def _method(self, request: Request) -> Method:
+        """How a request is answered, which is well formed."""
+        how, prefix = self.settings.realtime.method, request.prefix
         if request.session not in self.sessions:
             raise UserError(f"session '{request.session}' has not begun: call reset(session, seed) before the first plan")
-        if request.prefix is not None or request.samples != 1:
-            raise UserError("this policy plans one chunk from the present observation; it takes neither a prefix nor several samples")
+        if request.samples < 1 or request.delay < 0:
+            raise UserError(f"samples count from 1 and delay from 0, not {request.samples} and {request.delay}")
+        if prefix is None or not len(prefix):
+            return "plain"
+        if prefix.actions.shape[1] != self.contract.action.size:
+            have, needed = prefix.actions.shape[1], self.contract.action
+            raise UserError(f"the prefix has actions of {have} numbers, the policy's have {needed.size}: {', '.join(needed.names)}")
+        count = min(request.delay, len(prefix))
+        if how == "trained":
+            check_settled(self.model, count)
+        return "trained" if how == "trained" or (how == "auto" and 0 < trained(self.model) >= count) else "guided"
+
+    def _prefix(self, requests: list[Request], method: Method, samples: int) -> Prefix:
+        """What is left of the chunks before, each as often as there are samples, in network units."""
+        length, size = self.model.flow_shapes()[self.model.action_stream]
+        steps, state = self.contract.chunk or length, np.stack([r.observation.state for r in requests])
+        given = [r.prefix.actions[:steps] for r in requests if r.prefix is not None]
+        filled = np.stack([np.pad(a, ((0, steps - len(a)), (0, 0)), mode="edge") for a in given])  # normalised as the chunk it stands in
+        actions: np.ndarray = self.action.normalise(self.settings.counted(filled, state)).astype(np.float32)
+        rows = torch.from_numpy(np.pad(actions, ((0, 0), (0, 0), (0, size - actions.shape[2])))).to(self.device, non_blocking=True)
+        delays, left = [min(r.delay, len(a)) for r, a in zip(requests, given, strict=True)], [len(a) for a in given]
+        if method == "trained":
+            prefix = settled(self.model, rows, delays)
+        else:
+            prefix = led(self.model, rows, self.settings.realtime, delays, left)
+        return prefix.each(lambda t: t.repeat_interleave(samples, dim=0))
+
+    def _noise(self, request: Request, sample: int = 0) -> dict[str, np.ndarray]:
+        """Standard normal (T, X) for every flow, a function of (seed, step of the session, sample) alone."""
         session = self.sessions[request.session]
-        out = {}
+        out, which = {}, [sample] if sample else []
         for number, (name, shape) in enumerate(self.model.flow_shapes().items()):
-            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([session.seed, session.step, number])))
+            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([session.seed, session.step, number, *which])))
             out[name] = rng.standard_normal(shape, dtype=np.float32)
         return out
 
@@ -222,19 +272,25 @@ def prompt_encoder(model: Model, settings: Settings | None = None) -> PromptEnco
     return PlainPrompts(model.vlm(name), stream.length, settings.words, (settings.resize.height, settings.resize.width))
 
 
-def load_policy(path: str | Path, cuts: tuple[tuple[str, str], ...] = (), precision: Precision = "auto") -> TriunePolicy:
+def load_policy(
+    path: str | Path, cuts: tuple[tuple[str, str], ...] = (), precision: Precision = "auto", realtime: Realtime | None = None
+) -> TriunePolicy:
     """The policy of a checkpoint or run folder, on a GPU when one is present.
 
     Args:
         cuts: edges ``(row, col)`` of the attention graph to do without, for an ablation.
         precision: what its weights are held in; ``auto`` is bf16 on a GPU where every pretrained expert is known to be right in it, fp32
             elsewhere.
+        realtime: how a chunk goes on from the one before, where it is not as the checkpoint says.
 
     Raises:
         UserError: no checkpoint there, a damaged one, an edge to cut that does not exist, or an expert that is not known to be right
             in bf16.
     """
-    return from_checkpoint(read_checkpoint(path), cuts, precision)
+    policy = from_checkpoint(read_checkpoint(path), cuts, precision)
+    if realtime is not None:
+        policy.settings = policy.settings.model_copy(update={"realtime": realtime})
+    return policy
 
 
 def from_checkpoint(

@@ -18,8 +18,8 @@ MAY_IMPORT = {
     "data": {"data"},
 }
 SHARED = {"", "errors", "config"}  # the root: the package itself, UserError, the config loader
-APART = ROOT / "policies" / "plugin"  # a distribution of its own, which lerobot imports
-FILES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py")) if APART not in path.parents]
+APART = {ROOT / "policies" / "client", ROOT / "policies" / "plugin"}  # distributions of their own, for robots and for lerobot
+FILES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py")) if not APART & set(path.parents)]
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:

@@ -86,12 +86,13 @@ PRIVATE = re.compile(
 def test_no_tracked_file_names_a_machine_or_an_index() -> None:
     for name in tracked():
         path = ROOT / name
-        if path.suffix in {".png", ".safetensors", ".mp4", ".parquet"} or name == "tests/test_packaging.py":
+        if path.suffix in {".pem", ".png", ".safetensors", ".mp4", ".parquet"} or name == "tests/test_packaging.py":
             continue
         found = [line for line in path.read_text(errors="replace").splitlines() if PRIVATE.search(line)]
         assert not found, f"{name}: {found[:3]}"
 
 
-def test_constraints_are_plain_pins() -> None:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-peers.txt"])
+def test_constraints_are_plain_pins(name: str) -> None:
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line) for line in lines)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .engine import Captured, Record, infer, unrecordable
+from .engine import Captured, Record, Request, infer, unrecordable
 from .inputs import Inputs, Outputs
 from .model import Model
 
@@ -51,21 +51,23 @@ class Answers:
         end = int((places * present).amax())
         return min((shown + room for room in ROOM if end <= shown + room < self.full), default=self.full)
 
-    def __call__(self, inputs: Inputs, noise: Mapping[str, Tensor], length: int) -> Outputs:
+    def __call__(self, inputs: Inputs, noise: Mapping[str, Tensor], length: int, request: Request | None = None) -> Outputs:
         """As ``infer``, for prompts of which ``length`` tokens are needed."""
         assert inputs.ids is not None and inputs.present is not None, "a prompt has ids, of which some are present"
         if length not in self.models:
             self.models[length] = self.model.shortened(length)
         model, inputs = self.models[length], replace(inputs, ids=inputs.ids[:, :length], present=inputs.present[:, :length])
         if self.record is None:
-            return infer(model, inputs, noise)
-        shapes = tuple((t.shape, t.dtype) for t in (*inputs.tensors(), *noise.values()))
+            return infer(model, inputs, noise, request=request)
+        request = request or Request()
+        how = request.steps, request.mode, None if request.prefix is None else repr(request.prefix.guide)
+        shapes = (*how, *((t.shape, t.dtype) for t in (*inputs.tensors(), *noise.values(), *request.tensors())))
         if shapes not in self.graphs:
-            self.graphs[shapes] = Captured(model, inputs, noise, record=self.record)
+            self.graphs[shapes] = Captured(model, inputs, noise, record=self.record, request=request)
         self.graphs.move_to_end(shapes)
         if len(self.graphs) > GRAPHS:
             self.graphs.popitem(last=False)
-        return self.graphs[shapes](inputs, noise)
+        return self.graphs[shapes](inputs, noise, request)
 
 
 def trims(model: Model) -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
@@ -18,6 +17,7 @@ from .graph import Graph
 from .inputs import Inputs, Noisy, Outputs
 from .model import GENERATES, Model
 from .mot import KV, Cache, Clock, Pass
+from .realtime import Prefix, Velocity, guided
 from .spec import Phase
 
 
@@ -28,12 +28,21 @@ class Request:
     Attributes:
         steps: Euler steps.
         mode: one of the spec's modes; its ``clean`` flows come in ``Inputs.clean``.
-        prefix: actions (B, P, A) that are settled already; the chunk begins with them.
+        prefix: what is left of the chunk before, from which this one goes on; of as many rows as the noise.
     """
 
     steps: int | None = None
     mode: str | None = None
-    prefix: Float[Tensor, "B P A"] | None = None
+    prefix: Prefix | None = None
+
+    @property
+    def gradients(self) -> bool:
+        """Whether the answer needs derivatives of the network."""
+        return self.prefix is not None and self.prefix.guide is not None and self.prefix.guide.jacobian
+
+    def tensors(self) -> list[Tensor]:
+        """What of it a recorded call reads anew."""
+        return [] if self.prefix is None else [self.prefix.actions, self.prefix.weights]
 
 
 @dataclass
@@ -56,14 +65,15 @@ def infer(model: Model, inputs: Inputs, noise: Mapping[str, Tensor], cache: Cach
     Everything that does not change between denoise steps is computed once (``Model.observe``, ``Plan``) and read from there.
 
     Args:
-        noise: flow -> (B, T, X), the start of the flow, standard normal.
+        noise: flow -> (B, T, X), the start of the flow, standard normal. Where it has several times as many rows as the observations, each
+            observation is answered as often, one after the other; what is observed is computed once.
         cache: streams computed before for these very observations.
 
     Raises:
-        UserError: the spec has no such mode, or was not trained with a prefix of that length.
+        UserError: the spec has no such mode.
     """
     request = request or Request()
-    with torch.inference_mode():
+    with torch.no_grad() if request.gradients else torch.inference_mode():
         inputs = _as_weights(model, inputs)
         kept, foresight = model.observe(inputs, cache, request.mode)
         outputs = _finish(model, inputs, noise, kept, foresight, request)
@@ -83,7 +93,7 @@ def infer_again(
         UserError: what a phase left is older than its ``stale`` limit, or as ``infer``.
     """
     request = request or Request()
-    with torch.inference_mode():
+    with torch.no_grad() if request.gradients else torch.inference_mode():
         inputs = _as_weights(model, inputs)
         kept = model.contexts(inputs)
         foresight: dict[str, Tensor] = {}
@@ -146,19 +156,27 @@ class Captured:
         noise: an example.
         cache: streams computed before (frozen prefixes), which the graph reads where they lie and does not compute.
         record: what records.
+        request: an example; calls may differ from it in what is left of the chunk before alone.
     """
 
     def __init__(
-        self, model: Model, inputs: Inputs, noise: Mapping[str, Tensor], cache: Cache | None = None, record: Record = cuda_graph
+        self,
+        model: Model,
+        inputs: Inputs,
+        noise: Mapping[str, Tensor],
+        cache: Cache | None = None,
+        record: Record = cuda_graph,
+        request: Request | None = None,
     ) -> None:
-        self.model = model
+        self.model, request = model, request or Request()
         self.inputs, self.noise = self._seen(inputs).each(torch.clone), {n: t.clone() for n, t in noise.items()}
-        self.outputs, self.replay = record(lambda: infer(model, self.inputs, self.noise, cache))
+        self.request = request if request.prefix is None else replace(request, prefix=request.prefix.each(torch.clone))
+        self.outputs, self.replay = record(lambda: infer(model, self.inputs, self.noise, cache, self.request))
 
-    def __call__(self, inputs: Inputs, noise: Mapping[str, Tensor]) -> Outputs:
+    def __call__(self, inputs: Inputs, noise: Mapping[str, Tensor], request: Request | None = None) -> Outputs:
         """As ``infer``."""
-        given = [*self._seen(inputs).tensors(), *(noise[n] for n in self.noise)]
-        for held, new in zip([*self.inputs.tensors(), *self.noise.values()], given, strict=True):
+        given = [*self._seen(inputs).tensors(), *(noise[n] for n in self.noise), *(request or Request()).tensors()]
+        for held, new in zip([*self.inputs.tensors(), *self.noise.values(), *self.request.tensors()], given, strict=True):
             assert held.shape == new.shape, f"captured for {tuple(held.shape)}, given {tuple(new.shape)}"
             held.copy_(new, non_blocking=True)
         self.replay()
@@ -188,7 +206,8 @@ class Plan:
         runs = len(next(iter(clocks.values())).at)
         streams = model.spec.streams
         timed = {n: clocks[of].at if (of := streams[n].time_of) else (1.0,) * runs for n in phase.streams}
-        self.told = {n: [model.codec(n).told(clock.time(run, x[n])[:1]) for run in range(runs)] for n, clock in clocks.items()}
+        alike = {n: x[n][:1] if clock.settled is None else x[n] for n, clock in clocks.items()}
+        self.told = {n: [model.codec(n).told(clock.time(run, alike[n])) for run in range(runs)] for n, clock in clocks.items()}
         self.streams = {n: t.x for n, t in tokens.items()}
         self.body = Pass(model.mot, tokens, cache, {n: Clock(at) for n, at in timed.items()} | dict(clocks))
 
@@ -203,6 +222,11 @@ def _finish(
     model: Model, inputs: Inputs, noise: Mapping[str, Tensor], kept: dict[str, KV], foresight: dict[str, Tensor], request: Request
 ) -> Outputs:
     """The first phase that generates and what follows it."""
+    copies = _copies(inputs, noise)
+    if copies > 1:
+        inputs = model.see(inputs, list(model.graph.owner)).repeated(copies)
+        kept = {n: kv.repeated(copies) for n, kv in kept.items()}
+        foresight = {n: t.repeat_interleave(copies, dim=0) for n, t in foresight.items()}
     done: dict[str, Tensor] = {}
     words: dict[str, Tensor] = {}
     phases = itertools.dropwhile(lambda item: item[1].kind not in GENERATES, model.graph.schedule(request.mode).items())
@@ -229,27 +253,30 @@ def _denoise(model: Model, phase: Phase, inputs: Inputs, noise: Mapping[str, Ten
     x = {n: inputs.clean[n] if n in phase.clean else noise[n] for n in flows}
     grids = {n: grid(steps, phase.shift or model.spec.flow(n).shift) for n in flows}
     fixed = dict.fromkeys(phase.clean, (1.0,) * steps) | dict.fromkeys(phase.noise, (0.0,) * steps)
-    settled = dict.fromkeys(flows, 0)
-    if request.prefix is not None:
-        name, length = model.action_stream, request.prefix.shape[1]
-        _check_prefix(model, length)
-        x[name], settled[name] = torch.cat([request.prefix, x[name][:, length:]], dim=1), length
-    clocks = {n: Clock(fixed.get(n, tuple(grids[n][:-1])), settled[n]) for n in flows}
+    prefix, settled = request.prefix, {}
+    acts = [n for n in flows if n in model.actions and n not in fixed and prefix is not None]
+    for n in acts:
+        assert prefix is not None
+        if prefix.guide is None:
+            settled[n] = prefix.weights > 0
+            x[n] = torch.where(settled[n][..., None], prefix.actions.to(x[n].dtype), x[n])
+    clocks = {n: Clock(fixed.get(n, tuple(grids[n][:-1])), settled.get(n)) for n in flows}
     velocity: Velocity = Plan(model, phase, inputs, kept, x, clocks).velocity
     if phase.guidance is not None:
-        velocity = _guided(model, phase, inputs, x, clocks, request.mode, velocity)
+        velocity = _without(model, phase, inputs, x, clocks, request.mode, velocity)
+    for n in acts:
+        assert prefix is not None
+        if prefix.guide is not None:
+            velocity = guided(velocity, n, prefix, clocks[n].at)
     for run in range(steps):
         for n, v in velocity(x, run).items():
             if n not in fixed:
                 moved = x[n] + v.to(x[n].dtype) / (1 / (grids[n][run + 1] - grids[n][run]))
-                x[n] = torch.cat([x[n][:, : settled[n]], moved[:, settled[n] :]], dim=1) if settled[n] else moved
+                x[n] = torch.where(settled[n][..., None], x[n], moved) if n in settled else moved
     return {n: x[n] for n in flows if n not in phase.noise}
 
 
-Velocity = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
-
-
-def _guided(
+def _without(
     model: Model,
     phase: Phase,
     inputs: Inputs,
@@ -287,13 +314,15 @@ def _speak(model: Model, stream: str, inputs: Inputs, kept: Cache) -> tuple[Inpu
     return replace(inputs, ids=ids, present=present), ids
 
 
-def _check_prefix(model: Model, length: int) -> None:
-    most = getattr(model.spec.heads[model.action_stream], "prefix", 0)
-    if length > most:
-        raise UserError(
-            f"{model.spec.name} was trained with up to {most} settled actions, {length} are given; "
-            f"train with heads.{model.action_stream}.prefix={length}, or give fewer"
-        )
+def _copies(inputs: Inputs, noise: Mapping[str, Tensor]) -> int:
+    """How often each observation is answered."""
+    rows = {len(t) for t in noise.values()} or {1}
+    seen = {len(t) for t in (inputs.state, inputs.ids, inputs.images, inputs.latents) if t is not None} if noise else rows
+    seen = seen or {len(x) for x, _ in inputs.features.values()}
+    assert len(rows) == len(seen) == 1, f"noise has {rows} rows, observations have {seen}"
+    (many,), (one,) = rows, seen
+    assert many % one == 0, f"{many} rows of noise are for {one} observations"
+    return many // one
 
 
 def _cloned(outputs: Outputs) -> Outputs:

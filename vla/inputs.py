@@ -41,6 +41,15 @@ class Inputs:
         seen = {n: tuple(change(t) for t in parts) for n, parts in self.seen.items()}
         return replace(self, **whole, features=features, clean=clean, dropped=dropped, seen=seen)
 
+    def repeated(self, copies: int) -> "Inputs":
+        """These inputs with every row so often, one after the other."""
+        rows = len(next(iter(self.seen.values()))[0]) // self.images.shape[1] if self.seen and self.images is not None else 1
+        seen = {
+            n: tuple(t.unflatten(0, (rows, -1)).repeat_interleave(copies, dim=0).flatten(0, 1) for t in parts)
+            for n, parts in self.seen.items()
+        }
+        return replace(replace(self, seen={}).each(lambda t: t.repeat_interleave(copies, dim=0)), seen=seen)
+
     def tensors(self) -> list[Tensor]:
         """Every tensor, in the order of ``each``."""
         out: list[Tensor] = []

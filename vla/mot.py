@@ -61,6 +61,18 @@ class KV:
     hidden: Tensor | None = None
     picture: Tensor | None = None
 
+    def repeated(self, copies: int) -> "KV":
+        """The same with every row so often, one after the other."""
+
+        def rows(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.repeat_interleave(copies, dim=0)
+
+        keys, values = (tuple(t.repeat_interleave(copies, dim=0) for t in parts) for parts in (self.keys, self.values))
+        own = None
+        if self.own is not None:
+            own = Own(self.own.positions.repeat_interleave(copies, dim=1), self.own.reach.repeat_interleave(copies, dim=0))
+        return KV(keys, values, rows(self.present), own, rows(self.hidden), rows(self.picture))
+
 
 Cache = Mapping[str, KV]
 Mask = Callable[[Sequence[str], Sequence[str], Edges], Tensor]
@@ -69,16 +81,15 @@ Mask = Callable[[Sequence[str], Sequence[str], Edges], Tensor]
 
 @dataclass(frozen=True)
 class Clock:
-    """The flow time of a stream's tokens in each of several runs; the first ``settled`` of them are clean, t = 1."""
+    """The flow time of a stream's tokens in each of several runs; those that are ``settled``, (B, T) bool, are clean, t = 1."""
 
     at: tuple[float, ...]
-    settled: int = 0
+    settled: Tensor | None = None
 
     def time(self, run: int, tokens: Tensor) -> Tensor:
         """(B, T) of ``tokens`` (B, T, D)."""
         out = torch.full(tokens.shape[:2], self.at[run], device=tokens.device)
-        out[:, : self.settled] = 1.0
-        return out
+        return out if self.settled is None else out.masked_fill(self.settled, 1.0)
 
 
 class MoT(nn.Module):
@@ -234,7 +245,7 @@ class Pass:
     def _columns(self, number: int, place: int, group: "_Group", k: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values (B, G, T, H) that a group reads, in order."""
         own = [c for c in group.cols if c in self.tokens]
-        if not self.still or (group.adapter is not None and own):
+        if not self.still or torch.is_grad_enabled() or (group.adapter is not None and own):
             return self._joined(number, group, k, v)
         if (number, place) not in self._held:  # the first run makes the buffers
             self._held[number, place] = _Held.of(*self._joined(number, group, k, v), group.cols, own, k)
@@ -249,7 +260,7 @@ class Pass:
         keys = [k[c] if c in k else self.cache[c].keys[layers[self.owner[c]]] for c in group.cols]
         values = [v[c] if c in v else self.cache[c].values[layers[self.owner[c]]] for c in group.cols]
         whole = [
-            torch.cat([t.detach() if c in group.detached else t for c, t in zip(group.cols, parts, strict=True)], dim=2)
+            torch.cat([t.detach() if c in group.detached and not self.still else t for c, t in zip(group.cols, parts, strict=True)], dim=2)
             for parts in (keys, values)
         ]
         if group.adapter is not None:
@@ -305,9 +316,11 @@ class Pass:
         if clocks is None:
             return Ready(module, phase, alone, [module.condition(_joined_time(streams))])
         told = [clocks[n] for n in self.live[expert]]
-        if len(set(told)) == 1 and not told[0].settled and suits(module):
-            times = torch.stack([torch.full((), at, device=x.device) for at in told[0].at])
-            return ReadyDecoder(cast(Decoder, module), phase, alone, times)
+        if len({c.at for c in told}) == 1 and suits(module):
+            settled = _joined_settled(told, streams)
+            at = told[0].at if settled is None else (*told[0].at, 1.0)
+            times = torch.stack([torch.full((), t, device=x.device) for t in at])
+            return ReadyDecoder(cast(Decoder, module), phase, alone, times, settled)
         runs = range(len(told[0].at))
         each = [torch.cat([c.time(run, s.x) for c, s in zip(told, streams, strict=True)], dim=1) for run in runs]
         return Ready(module, phase, alone, [module.condition(time) for time in each])
@@ -391,6 +404,16 @@ def _joined_time(streams: list[Tokens]) -> Tensor | None:
     if all(s.time is None for s in streams):
         return None
     return torch.cat([s.time if s.time is not None else torch.ones(s.x.shape[:2], device=s.x.device) for s in streams], dim=1)
+
+
+def _joined_settled(clocks: Sequence[Clock], streams: list[Tokens]) -> Tensor | None:
+    """Which of an expert's live tokens (B, T, 1) are settled; None where none is."""
+    if all(c.settled is None for c in clocks):
+        return None
+    each = [
+        torch.zeros_like(s.x[..., 0], dtype=torch.bool) if c.settled is None else c.settled for c, s in zip(clocks, streams, strict=True)
+    ]
+    return torch.cat(each, dim=1)[..., None]
 
 
 def _joined_positions(streams: list[Tokens]) -> Tensor:

@@ -75,6 +75,9 @@ class PatchProduct(nn.Module):
 class Packed(nn.Module):
     """A linear layer whose weight lies as oneDNN's bf16 product reads it, so that it is not laid out anew at each call; ``gelu``
     (of the tanh kind) follows within the product. The operations are those that torch.compile uses on CPUs.
+
+    They know no derivatives: where one is asked for (``realtime.guided``), that by ``x`` is a product with the weight packed the other
+    way round, at the first such call.
     """
 
     packed = True
@@ -84,9 +87,29 @@ class Packed(nn.Module):
         self.weight: Any = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
         self.bias = None if bias is None else bias.detach()
         self.then: tuple[str, list[Any], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        self.turned: Any = None
 
     def forward(self, x: Float[Tensor, "*S D"]) -> Float[Tensor, "*S Z"]:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return cast(Tensor, _Derived.apply(x, self))  # type: ignore[no-untyped-call]
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.then)
+
+
+class _Derived(torch.autograd.Function):
+    """``Packed`` with its derivative by what it is given."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, layer: Packed) -> Tensor:
+        assert layer.then[0] == "none", "the derivative of the GELU within a packed product is not written"
+        context.layer = layer
+        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *layer.then)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        layer = context.layer
+        if layer.turned is None:
+            layer.turned = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to_dense().t().contiguous())
+        return torch.ops.mkldnn._linear_pointwise(gradients[0].contiguous(), layer.turned, None, "none", [], ""), None
 
 
 def _pack(module: nn.Module) -> None:

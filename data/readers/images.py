@@ -4,6 +4,7 @@ Sources may be called from several threads.
 """
 
 import io
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -213,13 +214,25 @@ class Torchcodec:
         from torchcodec.decoders import VideoDecoder  # type: ignore[import-untyped]
 
         self.path, self.fps = path, fps
-        self._decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
+        try:
+            self._decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{path} is not a video that can be read ({self._told(error)}): {CUT_OFF}") from None
         self.size = (self._decoder.metadata.height, self._decoder.metadata.width)
 
     def read(self, times: Sequence[float], out: np.ndarray, rows: Sequence[int]) -> None:
         if times[-1] + 0.5 / self.fps >= self._decoder.metadata.end_stream_seconds:
             raise UserError(f"{self.path} ends before {times[-1]:.3f} s: {CUT_OFF}")
-        out[list(rows)] = self._decoder.get_frames_played_at([time + 0.5 / self.fps for time in times]).data.numpy()
+        try:
+            frames = self._decoder.get_frames_played_at([time + 0.5 / self.fps for time in times]).data
+        except RuntimeError as error:
+            raise UserError(f"{self.path} cannot be decoded at {times[0]:.3f} s ({self._told(error)}): {CUT_OFF}") from None
+        out[list(rows)] = frames.numpy()
+
+    @staticmethod
+    def _told(error: Exception) -> str:
+        """The first line, without the place in torchcodec's source that stands before it."""
+        return re.sub(r"^.*\.cpp:\d+, ", "", str(error).split("\n")[0])
 
 
 class Pyav:

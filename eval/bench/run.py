@@ -16,13 +16,16 @@ from ...data.files import write_file
 from ...errors import UserError
 from ..provenance import command, hardware, versions
 
-BENCHES = ("loader", "inference", "rollout")
+BENCHES = ("loader", "inference", "rollout", "server")
 Row = dict[str, Any]
 
 
-def bench(name: str) -> dict[str, Any]:
+def bench(name: str, **options: Any) -> dict[str, Any]:
     """Run one benchmark: ``bench, command, hardware, versions, load, date, rows``; ``load`` is how many processes others kept
     running in the minute before.
+
+    Args:
+        options: of that benchmark's ``run``.
 
     Raises:
         UserError: there is no such benchmark.
@@ -31,7 +34,7 @@ def bench(name: str) -> dict[str, Any]:
         near = difflib.get_close_matches(name, BENCHES, n=1)
         raise UserError(f"there is no benchmark '{name}'" + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(BENCHES)}"))
     load = os.getloadavg()[0]
-    rows: list[Row] = import_module(f".{name}", __package__).run()
+    rows: list[Row] = import_module(f".{name}", __package__).run(**options)
     return {
         "bench": name,
         "command": command(),

@@ -89,13 +89,19 @@ def read_weights(source: Path) -> tuple[Path, dict[str, Tensor]]:
 def read_origin(source: Path, **facts: str | None) -> dict[str, str]:
     """``facts`` and, as far as the folder tells, repository, revision (of a snapshot in the hub's cache) and licence (of its card)."""
     folder, card = source.resolve(), source / "README.md"
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
-    licence = re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE) if front else None
-    found = {"licence": licence[1] if licence else None}
+    found = {"licence": _licence(card.read_text(encoding="utf-8")) if card.is_file() else None}
     if folder.parent.name == "snapshots":
         found |= {"repository": folder.parent.parent.name.removeprefix("models--").replace("--", "/"), "revision": folder.name}
     order = {name: facts.get(name) or found.get(name) for name in (*facts, "repository", "revision", "licence")}
     return {key: value for key, value in order.items() if value}
+
+
+def _licence(card: str) -> str | None:
+    """As a card's front matter names it, or the link with which its section on the licence begins."""
+    front = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    named = [re.search(rf"^{key}:\s*(\S+)", front[1], re.MULTILINE) if front else None for key in ("license_name", "license")]
+    linked = re.search(r"^#+ *licen[cs]e.*\n+\[[^\]]*\]\(([^)?\s]+)", card, re.MULTILINE | re.IGNORECASE)
+    return next((match[1] for match in (*named, linked) if match), None)
 
 
 def load_tokenizer(name: str | None, named_by: Path | str, given: Path | None) -> Any:

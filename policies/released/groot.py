@@ -1,25 +1,19 @@
-"""A folder of NVIDIA's Isaac GR00T N1.6 or N1.7, for one of its robots.
+"""A folder of NVIDIA's Isaac GR00T N1.5, N1.6 or N1.7, for one of its robots.
 
-``config.json``, ``model*.safetensors``    of ``gr00t/model/gr00t_n1d7/gr00t_n1d7.py`` or ``gr00t_n1d6/gr00t_n1d6.py``
-``processor_config.json``                  its robots: cameras, state and action groups, what happens to pictures and words
-``statistics.json``, ``embodiment_id.json``  of every robot; which of the network's encoders is its own
+``config.json``, ``model*.safetensors``  of ``gr00t/model/gr00t_n1d7/gr00t_n1d7.py``, ``gr00t_n1d6/gr00t_n1d6.py`` or ``gr00t_n1.py``
 
-What happens to states, actions, pictures and words is that of ``processing_gr00t_n1d7.py``, ``image_augmentations.py`` (evaluation) and
-``data/state_action/state_action_processor.py`` (NVIDIA-Medtech/GR00T-H, commit 23ace64f, "GR00T N1.7 Release", and for N1.6 commit
-4e62473d, "GR00T N1.6 Release", with ``modules/nvidia/Eagle-Block2A-2B-v2``). What the two do differently is in ``LINES``.
+What the three do differently is in ``groot_lines.py``; what a robot has and does, in ``groot_processor.py`` (N1.6, N1.7) and
+``groot_transforms.py`` (N1.5).
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, PositiveInt
 from torch import Tensor
 
 from ...config import find, load_tree, merge, parse
-from ...data import Camera, Contract
 from ...errors import UserError
 from ...vla import Spec
 from ...vla.weights.groot import groot_weights
@@ -27,139 +21,12 @@ from ...vla.weights.references import resolve_weights
 from ...vla.weights.released import Shapes
 from ..inputs import Settings, Words
 from .base import VLM, Release, load_tokenizer, read_json, read_origin, read_weights
-from .groot_robot import Processor, check_robot, read_action, read_resize, read_state
+from .groot_lines import LINES, Line, Network, Stack
+from .groot_robot import Asked, plain
 
 WORDS = 128  # tokens of an instruction; GR00T has no limit
-WAY_OUT = "give a folder that Isaac-GR00T N1.6 or N1.7 saved"
-PLAIN: Mapping[str, Any] = {
-    "state_history_length": 1,
-    "add_pos_embed": True,
-    "use_vlln": True,
-    "num_timestep_buckets": 1000,
-    "exclude_state": False,
-    "use_tactile": False,
-    "reproject_vision": False,
-    "use_mean_std": False,
-    "clip_outliers": True,
-    "use_albumentations": True,
-}
-"""Keys of ``config.json`` and of the processor that can be converted with one value alone."""
-
-
-class Stack(BaseModel):
-    """``diffusion_model_cfg`` or ``vl_self_attention_cfg``."""
-
-    num_attention_heads: PositiveInt
-    attention_head_dim: PositiveInt
-    num_layers: PositiveInt
-    positional_embeddings: None = None
-    interleave_self_attention: bool = False
-
-    @property
-    def space(self) -> dict[str, int]:
-        """In the words of a spec."""
-        return {"heads": self.num_attention_heads, "kv_heads": self.num_attention_heads, "head_dim": self.attention_head_dim}
-
-
-class Network(BaseModel):
-    """What matters here of ``config.json``."""
-
-    model_name: str
-    diffusion_model_cfg: Stack
-    vl_self_attention_cfg: Stack | None = None
-    use_alternate_vl_dit: bool = True
-    attend_text_every_n_blocks: PositiveInt = 2
-    max_state_dim: PositiveInt
-    max_action_dim: PositiveInt
-    action_horizon: PositiveInt
-    hidden_size: PositiveInt = 1024
-    num_inference_timesteps: PositiveInt = 4
-
-
-class Network17(Network):
-    """What is left out has the value of ``Gr00tN1d7Config``."""
-
-    model_name: str = "nvidia/Cosmos-Reason2-2B"
-    vl_self_attention_cfg: Stack
-    max_state_dim: PositiveInt = 132
-    max_action_dim: PositiveInt = 132
-    action_horizon: PositiveInt = 40
-
-
-class Network16(Network):
-    """What is left out has the value of ``Gr00tN1d6Config``."""
-
-    model_name: str = "nvidia/Eagle-Block2A-2B-v2"
-    diffusion_model_cfg: Stack = Stack(num_attention_heads=32, attention_head_dim=48, num_layers=32, interleave_self_attention=True)
-    max_state_dim: PositiveInt = 29
-    max_action_dim: PositiveInt = 29
-    action_horizon: PositiveInt = 16
-
-
-def chat_prompt(words: Any, views: int, image: str) -> str:
-    """What the tokenizer's chat makes of ``views`` pictures, each told by the token ``image``, and an instruction."""
-    if not words.chat_template:
-        raise UserError(f"the tokenizer {words.name_or_path} has no chat template; give the VLM's own folder: --tokenizer FOLDER")
-    said = [{"type": "image"}] * views + [{"type": "text", "text": "{instruction}"}]
-    prompt = str(words.apply_chat_template([{"role": "user", "content": said}], tokenize=False, add_generation_prompt=False))
-    if prompt.count(image) != views or prompt.count("{instruction}") != 1:
-        raise UserError(f"the chat template of {words.name_or_path} does not show {views} pictures and a text; give the VLM's own folder")
-    return prompt
-
-
-def eagle_prompt(words: Any, views: int, image: str) -> str:
-    """What Eagle's processor makes of an instruction and ``views`` pictures after it; its chat template is not the tokenizer's."""
-    if image != "<IMG_CONTEXT>":
-        raise UserError(f"the tokenizer {words.name_or_path} has no <IMG_CONTEXT>; give Eagle's own folder: --tokenizer FOLDER")
-    shown = "".join(f"<image {view + 1}><img>{image}</img>" for view in range(views))
-    return f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{{instruction}}{shown}<|im_end|>\n"
-
-
-@dataclass(frozen=True)
-class Line:
-    """What folders of one ``model_type`` have in common.
-
-    Attributes:
-        name: as NVIDIA calls it; spec: ours; network: what its ``config.json`` says.
-        vlms: ``model_name`` in it -> the architecture in ``vla/assets/architectures``; layers: where those of its text transformer are.
-        patch: (transformers config of the VLM) -> the side in pixels of an image token.
-        multiple: the multiple of pixels that pictures are made as high and as wide as, where they are.
-        prompt: (tokenizer, pictures, image token) -> the prompt.
-    """
-
-    name: str
-    spec: str
-    network: type[Network]
-    vlms: Mapping[str, str]
-    layers: str
-    patch: Callable[[Mapping[str, Any]], int]
-    multiple: int | None
-    prompt: Callable[[Any, int, str], str]
-
-
-LINES: Mapping[str, Line] = {
-    "Gr00tN1d7": Line(
-        name="N1.7",
-        spec="groot_n17",
-        network=Network17,
-        vlms={"nvidia/Cosmos-Reason2-2B": "qwen3_vl_2b", "Qwen/Qwen3-VL-2B-Instruct": "qwen3_vl_2b"},
-        layers="backbone.model.model.language_model.layers.",
-        patch=lambda vlm: vlm["vision_config"]["patch_size"] * vlm["vision_config"]["spatial_merge_size"],
-        multiple=None,
-        prompt=chat_prompt,
-    ),
-    "Gr00tN1d6": Line(
-        name="N1.6",
-        spec="groot_n16",
-        network=Network16,
-        vlms={"nvidia/Eagle-Block2A-2B-v2": "siglip2_qwen3_2b"},
-        layers="backbone.model.language_model.model.layers.",
-        patch=lambda vlm: vlm["vision_config"]["patch_size"] * vlm["downsample_factor"],
-        multiple=28,
-        prompt=eagle_prompt,
-    ),
-}
-"""``model_type`` in ``config.json`` -> its line."""
+WAY_OUT = "give a folder that Isaac-GR00T N1.5, N1.6 or N1.7 saved"
+REGISTERS = "action_head.future_tokens.weight"
 
 
 def wrote(source: Path) -> bool:
@@ -168,8 +35,8 @@ def wrote(source: Path) -> bool:
     return "gr00t" in f"{told.get('model_type')} {told.get('architectures')}".lower()
 
 
-def read(source: Path, tokenizer: Path | None, embodiment: str | None) -> Release:
-    """The policy in ``source`` for the robot ``embodiment``, a tag of the processor.
+def read(source: Path, tokenizer: Path | None, asked: Asked) -> Release:
+    """The policy in ``source`` for one robot.
 
     Args:
         tokenizer: a folder with the VLM's tokenizer and chat template, where the local hub cache does not hold them.
@@ -178,80 +45,65 @@ def read(source: Path, tokenizer: Path | None, embodiment: str | None) -> Releas
         UserError: a GR00T of another line; no such robot; a file is missing or damaged; a robot's state or actions are treated in a way
             that a checkpoint has no words for.
     """
-    tree = read_json(source / "config.json", WAY_OUT)
+    file = source / "config.json"
+    tree = read_json(file, WAY_OUT)
     line = LINES.get(str(tree.get("model_type")))
     if line is None:
-        known = " and ".join(sorted(line.name for line in LINES.values()))
-        why = "not N1.5, whose transforms are Python that its folder does not hold"
-        raise UserError(f"{source} holds a '{tree.get('model_type')}'; of GR00T only {known} can be converted, {why}")
-    network = parse(line.network, _plain(tree, source / "config.json"), source / "config.json")
-    kwargs = read_json(source / "processor_config.json", WAY_OUT).get("processor_kwargs", {})
-    processor = parse(Processor, _plain(kwargs, source / "processor_config.json"), source / "processor_config.json")
-    statistics, ids = (read_json(source / f"{name}.json", WAY_OUT) for name in ("statistics", "embodiment_id"))
-    tags = [tag for tag in processor.modality_configs if tag in statistics and tag in ids]
-    if embodiment not in tags:
-        raise UserError(f"{source} is of several robots; choose one by --embodiment TAG: {', '.join(tags) or 'none has statistics'}")
-    robot, known = processor.modality_configs[embodiment], statistics[embodiment]
-    check_robot(embodiment, robot, processor, network.action_horizon)
+        known = ", ".join(sorted(line.name for line in LINES.values()))
+        raise UserError(f"{source} holds a '{tree.get('model_type')}'; of GR00T only {known} can be converted")
+    network = parse(line.network, plain(line.told(tree), file), file)
+    robot = line.robot(source, asked, network.action_horizon)
     if 1000 % network.num_inference_timesteps:
         raise UserError(f"{network.num_inference_timesteps} steps do not divide the 1000 flow times of the network; set a number that does")
     if not network.diffusion_model_cfg.interleave_self_attention:
-        raise UserError(
-            f"{source / 'config.json'} has no layers that read state and actions; only networks that have them can be converted"
-        )
-    state, felt, places = read_state(robot["state"], known, processor)
-    action, done, relative, poses = read_action(robot["action"], known, processor, places)
-    resize, words = read_resize(source, processor, line.multiple), load_tokenizer(network.model_name, source / "config.json", tokenizer)
-    file, tensors = read_weights(source)
-    vlm = _vlm(line, network, tensors, file)
-    views = tuple(robot["video"].modality_keys)
-    image = str(words.convert_ids_to_tokens(vlm["image_token_id"]))
+        raise UserError(f"{file} has no layers that read state and actions; only networks that have them can be converted")
+    felt = robot.contract.state.size + (robot.angles.added if robot.angles else 0)
+    for part, size, room in (("state", felt, network.max_state_dim), ("action", robot.contract.action.size, network.max_action_dim)):
+        if size > room:
+            raise UserError(f"{robot.tag} has {size} numbers of {part}, the network {room}; correct the one")
+    words = load_tokenizer(network.model_name, file, tokenizer)
+    weights, tensors = read_weights(source)
+    vlm = _vlm(line, network, tensors, weights)
+    views = robot.contract.camera_names
+    image = str(words.convert_ids_to_tokens(vlm.get("image_token_id", vlm.get("image_token_index"))))
     prompt = line.prompt(words, len(views), image)
-    cell = line.patch(vlm)
-    if resize.height % cell or resize.width % cell:
-        raise UserError(
-            f"{source}: pictures of {resize.height}x{resize.width} are no whole number of cells of {cell}; correct its processor"
-        )
-    shown = prompt.replace(image, image * (resize.height // cell * (resize.width // cell)))
+    shown = prompt.replace(image, image * _cells(source, line, vlm, (robot.resize.height, robot.resize.width)))
     length = len(words(shown.replace("{instruction}", ""))["input_ids"]) + WORDS
     try:
-        weights = groot_weights(
-            {n: t if n.startswith("backbone.") else t.float() for n, t in tensors.items()}, ids[embodiment], network.action_horizon
-        )
+        renamed = groot_weights({n: t if n.startswith("backbone.") else t.float() for n, t in tensors.items()}, robot.number, robot.horizon)
     except KeyError as error:
-        raise UserError(f"{file}: the tensor '{error.args[0]}' is missing or too many for a GR00T {line.name}; {WAY_OUT}") from None
+        raise UserError(f"{weights}: the tensor '{error.args[0]}' is missing or too many for a GR00T {line.name}; {WAY_OUT}") from None
+    shapes = Shapes({n: tuple(t.shape) for n, t in tensors.items()}, weights)
     return Release(
-        spec=_spec(line, network, Shapes({n: tuple(t.shape) for n, t in tensors.items()}, file), length, views),
+        spec=_spec(line, network.model_copy(update={"action_horizon": robot.horizon}), shapes, length, views),
         vlm=vlm,
-        weights=weights,
-        contract=Contract(
-            cameras=tuple(Camera(name=name, flip=None) for name in views),
-            state=state,
-            action=action,
-            chunk=len(robot["action"].delta_indices),
-            executed=len(robot["action"].delta_indices),
-            prompt=prompt,
-        ),
-        state=felt,
-        action=done,
+        weights=renamed,
+        contract=robot.contract.model_copy(update={"prompt": prompt}),
+        state=robot.state,
+        action=robot.action,
         settings=Settings(
-            resize=resize,
-            words=Words(lower=True, edits=((r"[^\w\s]", ""),), image=image) if processor.formalize_language else Words(image=image),
-            relative=relative,
-            poses=poses,
+            resize=robot.resize,
+            words=Words(lower=robot.lower, edits=robot.edits, image=image),
+            relative=robot.relative,
+            poses=robot.poses,
+            angles=robot.angles,
         ),
         tokenizer=words,
-        origin=read_origin(source, format="Isaac-GR00T", type=line.name, embodiment=embodiment),
-        file=file,
+        origin=read_origin(source, format="Isaac-GR00T", type=line.name, embodiment=robot.tag, **robot.facts),
+        file=weights,
         way_out=WAY_OUT,
     )
 
 
-def _plain(tree: dict[str, Any], file: Path) -> dict[str, Any]:
-    for key, value in PLAIN.items():
-        if tree.get(key, value) != value:
-            raise UserError(f"{file} sets {key} to {tree[key]!r}; only {value!r} can be converted")
-    return tree
+def _cells(source: Path, line: Line, vlm: Mapping[str, Any], size: tuple[int, int]) -> int:
+    """Image tokens of a picture of ``size`` (Y, X)."""
+    cell, side = line.patch(vlm), vlm["vision_config"].get("image_size")
+    if side is not None and size != (side, side):
+        wanted = f"its vision tower takes {side}x{side}; set side={side}"
+        raise UserError(f"{source}: pictures would become {size[0]}x{size[1]}, {wanted}")
+    if size[0] % cell or size[1] % cell:
+        raise UserError(f"{source}: pictures of {size[0]}x{size[1]} are no whole number of cells of {cell}; correct its processor")
+    return size[0] // cell * (size[1] // cell)
 
 
 def _vlm(line: Line, network: Network, tensors: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
@@ -283,6 +135,7 @@ def _spec(line: Line, network: Network, shapes: Shapes, length: int, views: tupl
         "streams": {
             "obs": {"length": length},
             **({"seen": {"length": length}} if refined else {}),
+            **({"registers": {"length": shapes[REGISTERS][0]}} if REGISTERS in shapes else {}),
             "state": {"inner": network.hidden_size},
             "action": {"length": network.action_horizon},
         },

@@ -1,154 +1,96 @@
-"""What a robot of a GR00T folder has and does: cameras, state and action groups, their statistics, what happens to its pictures."""
+"""A robot of a GR00T folder in our words, wherever the folder's line keeps what it has and does."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-from pydantic import BaseModel, PositiveInt
-
-from ...data import Vector
-from ...data.transforms import Affine, Relative, RelativePose
+from ...data import Contract
+from ...data.transforms import Affine, Angles, Relative, RelativePose
 from ...errors import UserError
 from ..inputs import Resize
 
-
-class Group(BaseModel):
-    """How a group of actions is meant."""
-
-    rep: Literal["RELATIVE", "ABSOLUTE", "DELTA"]
-    type: Literal["EEF", "NON_EEF"]
-    format: Literal["DEFAULT", "XYZ_ROT6D", "XYZ_ROTVEC"] = "DEFAULT"
-    state_key: str | None = None
-
-
-PLAIN = Group(rep="ABSOLUTE", type="NON_EEF")
-
-
-class Part(BaseModel):
-    """Cameras, state, actions or words of a robot."""
-
-    delta_indices: list[int]
-    modality_keys: list[str]
-    sin_cos_embedding_keys: list[str] | None = None
-    mean_std_embedding_keys: list[str] | None = None
-    exclude_state: bool = False
-    action_configs: list[Group] | None = None
+PLAIN: Mapping[str, Any] = {
+    "state_history_length": 1,
+    "add_pos_embed": True,
+    "use_vlln": True,
+    "num_timestep_buckets": 1000,
+    "exclude_state": False,
+    "use_tactile": False,
+    "reproject_vision": False,
+    "project_to_dim": None,
+    "use_mean_std": False,
+    "clip_outliers": True,
+    "use_albumentations": True,
+}
+"""Keys of ``config.json`` and of the processor that can be converted with one value alone."""
 
 
-class Processor(BaseModel):
-    """``processor_kwargs`` of ``processor_config.json``."""
+@dataclass(frozen=True)
+class Asked:
+    """What is asked for beside the folder.
 
-    modality_configs: dict[str, dict[str, Part]]
-    image_crop_size: tuple[PositiveInt, PositiveInt] | None = None
-    image_target_size: tuple[PositiveInt, PositiveInt] | None = None
-    shortest_image_edge: PositiveInt | None = 256
-    crop_fraction: float | None = 0.95
-    letter_box_transform: bool = False
-    formalize_language: bool = True
-    use_percentiles: bool = False
-    apply_sincos_state_encoding: bool = False
-    use_relative_action: bool = False
+    Attributes:
+        embodiment: the robot's tag; config, changes: its transforms, which a folder of N1.5 does not tell.
+    """
+
+    embodiment: str | None
+    config: str | None = None
+    changes: Sequence[str] = ()
 
 
-def check_robot(tag: str, robot: Mapping[str, Part], processor: Processor, horizon: int) -> None:
-    """Refuse what a robot does and a checkpoint has no words for."""
-    for name in ("video", "state"):
-        if robot[name].delta_indices != [0]:
-            raise UserError(f"{tag} looks at {name} of steps {robot[name].delta_indices}; only the present one can be converted")
-    if processor.apply_sincos_state_encoding and robot["state"].sin_cos_embedding_keys:
-        keys = ", ".join(robot["state"].sin_cos_embedding_keys)
-        raise UserError(f"{tag} gives the state's {keys} as sine and cosine, for which a checkpoint has no words; choose another robot")
-    for name in ("state", "action"):
-        if robot[name].mean_std_embedding_keys:
-            keys = ", ".join(robot[name].mean_std_embedding_keys or ())
-            raise UserError(f"{tag} normalises the {name}'s {keys} by mean and deviation and others by range; only ranges can be converted")
-    if robot["state"].exclude_state:
-        raise UserError(f"{tag} does not look at its state, for which a checkpoint has no words; choose another robot")
-    for key, group in zip(robot["action"].modality_keys, robot["action"].action_configs or (), strict=False):
-        if processor.use_relative_action and group.rep == "RELATIVE" and group.type == "EEF" and group.format != "XYZ_ROT6D":
-            way_out = "only XYZ_ROT6D can be converted; choose another robot"
-            raise UserError(f"{tag} counts the poses of '{key}' from the hand's own frame as {group.format}; {way_out}")
-    if len(robot["action"].delta_indices) > horizon:
-        raise UserError(f"{tag} has {len(robot['action'].delta_indices)} steps a chunk, the network {horizon}; correct the one")
+@dataclass(frozen=True)
+class Robot:
+    """What a robot has and does.
+
+    Attributes:
+        tag: its name; number: of its encoders and decoder in the network.
+        contract: without the prompt, which is the VLM's.
+        state, action: as states are normalised and actions are not.
+        horizon: steps that the network plans, of which the contract's chunk is the beginning.
+        lower, edits: what happens to an instruction.
+        relative, poses: which actions are counted from the state; angles: which of its numbers are seen as sine and cosine.
+        facts: what is known of the folder's origin.
+    """
+
+    tag: str
+    number: int
+    contract: Contract
+    state: Affine
+    action: Affine
+    horizon: int
+    resize: Resize
+    lower: bool = False
+    edits: tuple[tuple[str, str], ...] = ()
+    relative: Relative | None = None
+    poses: tuple[RelativePose, ...] = ()
+    angles: Angles | None = None
+    facts: Mapping[str, str | None] = field(default_factory=dict)
 
 
-def _ends(known: Mapping[str, Any], part: str, key: str, ends: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """The ends of a group's range, (D,) or for every step (C, D)."""
-    rows = known.get(part, {}).get(key, {})
-    if not set(ends) <= set(rows):
-        way_out = "copy it again, or choose another robot"
-        raise UserError(f"statistics.json has no {' and '.join(ends)} of {part} '{key}'; {way_out}")
-    return np.array(rows[ends[0]]), np.array(rows[ends[1]])
+def plain(tree: dict[str, Any], file: Path) -> dict[str, Any]:
+    """``tree``, unless it does what cannot be converted.
+
+    Raises:
+        UserError: it does.
+    """
+    for key, value in PLAIN.items():
+        if tree.get(key, value) != value:
+            raise UserError(f"{file} sets {key} to {tree[key]!r}; only {value!r} can be converted")
+    return tree
 
 
-def _names(key: str, size: int) -> list[str]:
+def choose(source: Path, asked: str | None, tags: Sequence[str]) -> str:
+    """The robot that was asked for, of those that the folder ``source`` tells all of.
+
+    Raises:
+        UserError: it is none of ``tags``.
+    """
+    if asked is None or asked not in tags:
+        raise UserError(f"{source} is of several robots; choose one by --embodiment TAG: {', '.join(tags) or 'none has statistics'}")
+    return asked
+
+
+def names(key: str, size: int) -> list[str]:
+    """Of a group's numbers."""
     return [key] if size == 1 else [f"{key}_{i}" for i in range(size)]
-
-
-def read_state(part: Part, known: Mapping[str, Any], processor: Processor) -> tuple[Vector, Affine, dict[str, int]]:
-    """Names, normalisation, and where each group begins. A number that never varies becomes 0 whatever it is."""
-    ends = ("q01", "q99") if processor.use_percentiles else ("min", "max")
-    names: list[str] = []
-    places: dict[str, int] = {}
-    rows: list[np.ndarray] = []
-    for key in part.modality_keys:
-        low, high = _ends(known, "state", key, ends)
-        places[key] = len(names)
-        names += _names(key, len(low))
-        rows.append(np.stack([low, np.where(np.isclose(high, low), 0.0, high - low) / 2]))
-    low, half = np.concatenate(rows, axis=1)
-    kind: Literal["quantile", "min_max"] = "quantile" if processor.use_percentiles else "min_max"
-    affine = Affine(shift=tuple(low.tolist()), scale=tuple(half.tolist()), bias=-1.0, clip=True)
-    return Vector(names=tuple(names), normalisation=kind), affine, places
-
-
-def read_action(
-    part: Part, known: Mapping[str, Any], processor: Processor, places: Mapping[str, int]
-) -> tuple[Vector, Affine, Relative | None, tuple[RelativePose, ...]]:
-    """Names, normalisation (with a row for each step where relative groups have one), and what is counted from the state."""
-    ends, chunk = ("q01", "q99") if processor.use_percentiles else ("min", "max"), len(part.delta_indices)
-    names: list[str] = []
-    origin: list[int | None] = []
-    poses: list[RelativePose] = []
-    lows, highs = [], []
-    for key, group in zip(part.modality_keys, part.action_configs or [PLAIN] * len(part.modality_keys), strict=True):
-        relative = processor.use_relative_action and group.rep == "RELATIVE"
-        low, high = _ends(known, "relative_action", key, ("min", "max")) if relative else _ends(known, "action", key, ends)
-        size, first = low.shape[-1], places.get(group.state_key or key)
-        if relative and first is None:
-            raise UserError(f"the actions '{key}' are relative to a state that the robot does not have; choose another robot")
-        if relative and first is not None and group.type == "EEF":
-            poses.append(RelativePose(action=len(names), state=first))
-        added = relative and group.type == "NON_EEF" and first is not None
-        origin += [(first or 0) + i if added else None for i in range(size)]
-        names += _names(key, size)
-        lows.append(np.broadcast_to(low, (chunk, size)))
-        highs.append(np.broadcast_to(high, (chunk, size)))
-    low, half = np.concatenate(lows, axis=1), (np.concatenate(highs, axis=1) - np.concatenate(lows, axis=1)) / 2
-    moved = any(i is not None for i in origin)
-    affine = Affine(shift=_rows(low), scale=_rows(half), bias=-1.0, clip=True)
-    kind: Literal["quantile", "min_max"] = "quantile" if processor.use_percentiles else "min_max"
-    mixed = moved or bool(poses)
-    vector = Vector(names=tuple(names), mode="absolute" if mixed else None, normalisation=None if mixed else kind)
-    return vector, affine, Relative(state_of=tuple(origin)) if moved else None, tuple(poses)
-
-
-def _rows(values: np.ndarray) -> tuple[float, ...] | tuple[tuple[float, ...], ...]:
-    """One row where all steps have the same."""
-    return tuple(values[0].tolist()) if (values == values[0]).all() else tuple(tuple(row) for row in values.tolist())
-
-
-def read_resize(source: Path, processor: Processor, multiple: int | None = None) -> Resize:
-    """Pictures are scaled by area, cut and scaled again, and where a ``multiple`` of pixels is wanted once more. Those that are not square
-    N1.7's release padded to squares whatever the folder says, later versions only where it says so; N1.6 leaves them as wide as they
-    are. So without that word they are refused."""
-    target, cut = processor.image_target_size, processor.image_crop_size
-    side = processor.shortest_image_edge or (target[0] if target and target[0] == target[1] else None)
-    crop = processor.crop_fraction or (cut[0] / target[0] if cut and target else None)
-    if side is None or crop is None:
-        way_out = "give a folder that Isaac-GR00T N1.6 or N1.7 saved"
-        raise UserError(f"{source / 'processor_config.json'} does not tell the one size of its pictures and what is cut off; {way_out}")
-    shape: Literal["padded", "square"] = "padded" if processor.letter_box_transform else "square"
-    last = side if multiple is None else multiple * max(2, min(64, round(side / multiple)))
-    return Resize(height=last, width=last, shape=shape, filter="area", crop=crop, first=None if last == side else (side, side))

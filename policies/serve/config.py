@@ -28,6 +28,8 @@ class Serve(Strict):
         deadline_ms: for requests that bring none; None waits as long as it takes.
         patience: seconds of one call after which the policy counts as hung, and is started anew.
         drain: seconds that requests in flight may take once the server was told to stop.
+        robot: mapping of the robot (a name in configs/robot, or a file) whose limits of actions are kept; the range of the training data
+            unless given. limits: false keeps none.
         seed: of the sessions whose clients name none: the first gets it, the next one more.
     """
 
@@ -50,6 +52,8 @@ class Serve(Strict):
     deadline_ms: PositiveFloat | None = None
     patience: PositiveFloat = 300.0
     drain: NonNegativeFloat = 10.0
+    robot: str | None = None
+    limits: bool = True
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

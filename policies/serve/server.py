@@ -21,10 +21,12 @@ from websockets.http11 import Request as HTTPRequest
 from websockets.http11 import Response
 
 from ... import __version__
+from ...data.robot import load_robot
 from ...errors import UserError
 from .config import LOOPBACK, Serve
 from .dialects import triune
 from .line import Bounded, Line
+from .process import Source
 from .security import Rate, Room, Token, from_a_page, names_this_machine, tls, worth_logging
 from .service import Service
 
@@ -65,6 +67,31 @@ class Server:
         self._lines: set[asyncio.Task[Any]] = set()
         self._socket: Socket | None = None
 
+    @classmethod
+    def of(cls, config: Serve, source: Source, name: str) -> "Server":
+        """A server and its service, as ``config`` says.
+
+        Raises:
+            UserError: there is no such mapping of a robot, or it states no limits.
+        """
+        limits = None
+        if config.robot is not None:
+            limits = load_robot(config.robot).action_limits
+            if limits is None:
+                raise UserError(
+                    f"the mapping {config.robot} has no `limits:`; add them (configs/robot/so100.yaml has some), or leave out robot="
+                )
+        service = Service(
+            source,
+            window=config.window_ms / 1e3,
+            queue=config.queue,
+            patience=config.patience,
+            memory=int(config.waiting_mib * 2**20),
+            limits=limits,
+            guarded=config.limits,
+        )
+        return cls(config, service, name)
+
     @property
     def port(self) -> int:
         """The port that was taken."""
@@ -84,10 +111,11 @@ class Server:
             "server": f"triune-vla {__version__}",
             "policy": self.name,
             "contract": contract.model_dump(mode="json"),
+            "limits": None if self.service.limits is None else self.service.limits.to_dict(),
             "realtime": said.get("realtime"),
-            "executed": contract.executed,
-            "chunk": contract.chunk,
-            "rate": contract.rate,
+            "executed": contract.executed or contract.chunk or 1,
+            "chunk": contract.chunk or 1,
+            "rate": contract.rate or 0.0,
         }
 
     async def start(self) -> None:

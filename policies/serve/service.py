@@ -8,12 +8,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from triune_client import ActionLimits, Guard
 
 from ...config import parse
 from ...data import Contract
@@ -41,8 +42,9 @@ class Reply:
     Attributes:
         actions: float32 (C, A) in physical units; rate: Hz; time: timestamp of the observation.
         timing: stage -> milliseconds; ``queue`` is what the request waited for others.
-        events: what the guard changed, kind -> how often.
+        events: what the guard changed, ``<kind> <dimension>`` -> at how many steps.
         foresight: camera -> uint8 (H, W, 3), where it was asked for.
+        samples: float32 (N, C, A), all chunks as the policy drew them, where several were asked for; the guard keeps ``actions`` alone.
     """
 
     actions: np.ndarray
@@ -52,6 +54,7 @@ class Reply:
     value: float | None = None
     events: dict[str, int] = field(default_factory=dict)
     foresight: dict[str, np.ndarray] = field(default_factory=dict)
+    samples: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +93,13 @@ class _Waiting:
 
 @dataclass
 class _Session:
+    """``answered``: the last chunk and the timestamp of its observation."""
+
     seed: int
     step: int = 0
     asked: float = 0.0
+    guard: Guard | None = None
+    answered: tuple[np.ndarray, float] | None = None
 
 
 class Service:
@@ -105,6 +112,8 @@ class Service:
         patience: seconds of one turn after which the policy's process is taken for hung and killed.
         memory: bytes of pictures and numbers in all requests that wait or are under way; further ones are refused as ``busy``.
         restarts: deaths within a minute after which it is not started again.
+        limits: of actions, as ``ActionLimits.from_dict`` reads them; those that the policy states unless given.
+        guarded: whether chunks are kept inside limits at all.
     """
 
     def __init__(
@@ -116,7 +125,11 @@ class Service:
         patience: float = 300.0,
         memory: int = 1 << 30,
         restarts: int = 5,
+        limits: dict[str, Any] | None = None,
+        guarded: bool = True,
     ) -> None:
+        self.given, self.guarded = limits, guarded
+        self.limits: ActionLimits | None = None
         self.source, self.window, self.limit, self.patience, self.restarts = source, window, queue, patience, restarts
         self.memory, self.held = memory, 0
         self.listeners: list[Listener] = []
@@ -203,17 +216,40 @@ class Service:
             answer = await self._put("plan", request.session, _tree(request, foresight), deadline)
             if "code" in answer:
                 raise Refusal(answer["code"], answer["message"])
+            chunk = answer["chunk"]
+            actions, events = self._safe(session, request, chunk["actions"])
         except Refusal as refusal:
             seconds = time.perf_counter() - began
             self._heard(Exchange(request, session.seed if session else 0, session.step if session else 0, None, refusal, seconds))
             raise
         finally:
             self.held -= size
-        chunk = answer["chunk"]
-        reply = Reply(chunk["actions"], chunk["rate"], chunk["time"], answer["timing"], answer["value"], {}, answer["foresight"])
+        said = (answer["timing"], answer["value"], events, answer["foresight"], answer["samples"])
+        reply = Reply(actions, chunk["rate"], chunk["time"], *said)
         self._heard(Exchange(request, session.seed, session.step, reply, None, time.perf_counter() - began))
         session.step += 1
         return reply
+
+    def _safe(self, session: _Session, request: Request, actions: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+        """A chunk inside the limits, and what had to be changed for it.
+
+        Velocities count from what the robot was last sent. Which steps of the chunk before those were, the timestamps say; where they
+        say nothing it was the part that is meant to be executed.
+        """
+        if self.limits is None:
+            return actions, {}
+        if session.guard is None:
+            session.guard = Guard(self.limits, self.contract.rate or 1.0)
+        guard, seen = session.guard, request.observation
+        if session.answered is not None:
+            before, then = session.answered
+            passed = round((seen.timestamp - then) * guard.rate) if seen.timestamp > then else self.contract.executed or len(before)
+            guard.sent(before[:passed], seen.state)
+        safe, events = guard.check_chunk(actions, seen.state)
+        if safe is None:
+            raise Refusal("internal", f"{events[-1].sentence}: the policy's numbers are not finite, and nothing is known that would hold")
+        session.answered = safe.astype(np.float32), seen.timestamp
+        return session.answered[0], dict(Counter(f"{event.kind} {event.name}" for event in events))
 
     async def _put(self, kind: Literal["reset", "close", "plan"], session: str, body: Any, deadline: float | None = None) -> Any:
         if self.failed is not None:
@@ -333,14 +369,39 @@ class Service:
 
     async def _begin(self) -> None:
         process = await Process.start(self.source)
-        self.introduction = process.introduction
-        self._contract = parse(Contract, self.introduction["contract"], "the policy's contract")
+        try:
+            self._introduced(process.introduction)
+        except UserError:
+            await process.stop(patience=0)
+            raise
         if self.sessions:
             await process.ask({"close": [], "reset": [[name, s.seed] for name, s in self.sessions.items()], "plan": []})
             for session in self.sessions.values():
                 session.step = 0
         self.process = process
         self._tell("started")
+
+    def _introduced(self, said: dict[str, Any]) -> None:
+        self.introduction = said
+        self._contract = parse(Contract, said["contract"], "the policy's contract")
+        self.limits = self._limits() if self.guarded else None
+
+    def _limits(self) -> ActionLimits:
+        """Those given, else the policy's own; where neither says any, numbers that are not finite are still refused.
+
+        Raises:
+            UserError: they are of other actions than the policy's.
+        """
+        names = self.contract.action.names
+        stated = self.given or self.introduction.get("limits") or {"dimensions": [{"name": name} for name in names]}
+        limits = ActionLimits.from_dict(stated)
+        theirs = tuple(dimension.name for dimension in limits.dimensions)
+        if len(theirs) != len(names):
+            raise UserError(
+                f"the limits ({limits.source}) are of {len(theirs)} actions ({', '.join(theirs)}), the policy has {len(names)} "
+                f"({', '.join(names)}); name the mapping of the robot that the policy was trained on"
+            )
+        return limits
 
     def _take_all(self) -> list[_Waiting]:
         taken = list(self.waiting)

@@ -51,7 +51,7 @@ def make(name: str, arguments: dict[str, Any]) -> Policy:
 
 def introduction(policy: Policy) -> dict[str, Any]:
     """What the server must know of its policy."""
-    return {"contract": policy.contract.model_dump(mode="json")}
+    return {"contract": policy.contract.model_dump(mode="json"), "limits": policy.limits, "realtime": policy.realtime}
 
 
 def turn(policy: Policy, commands: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,8 @@ def answer(plan: Plan, foresight: bool) -> dict[str, Any]:
     drawn: dict[str, np.ndarray] = plan.foresight() if foresight and plan.foresight is not None else {}
     timing = plan.timing | ({"foresight": 1e3 * (time.perf_counter() - began)} if drawn else {})
     chunk = {"actions": plan.chunk.actions, "rate": plan.chunk.rate, "time": plan.chunk.time}
-    return {"chunk": chunk, "timing": timing, "value": plan.value, "foresight": drawn}
+    samples = np.stack([sample.actions for sample in plan.samples]) if plan.samples else None
+    return {"chunk": chunk, "samples": samples, "timing": timing, "value": plan.value, "foresight": drawn}
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ Memory and computation are those of one part of a batch, run forward and backwar
 that a network of billions of parameters is judged on a laptop. What allocators and kernels take beside tensors is not counted.
 """
 
+import contextlib
 import gc
-import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,14 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...errors import UserError
 from ...vla.experts import Expert
 from .imagined import Held, Imagined, imagine
-from .loop import Losses, prefetch, step_once, to_device
-from .optim import TrainConfig, learning_rate, resolve_device, resolve_precision
+from .loop import AHEAD, Run, to_device
+from .optim import TrainConfig, resolve_device, resolve_precision
 from .recipe import read_recipe
-from .state import TrainState
 from .team import Part, Team
 
-WARM, MEASURED = 2, 3
-"""Steps before those that are timed, and those."""
+WARM, FEWEST, MOST = 3, 3, 60
+"""Steps before those that are timed, whose batches were there when they began; the fewest and the most that are timed."""
+SECONDS = 12.0
+"""As long steps are timed, between these numbers of them: means of fewer differ on a machine that does other things, too."""
 UTILISATION = 0.4
 """Share of a peak that training is assumed to reach."""
 
@@ -64,6 +66,7 @@ class Report:
         share: samples of one part.
         samples: starts of training chunks in the data; epochs: how often each is seen. None for other kinds than policies.
         step_seconds, seconds: of a step, and of all; None where nothing is known. measured: each timed step.
+        waiting_seconds: of a step, spent on waiting for data.
         preparation_seconds: until the first step, where steps were measured.
         time_from: how the time was found, or why it was not.
     """
@@ -86,6 +89,7 @@ class Report:
     seconds: float | None
     time_from: str
     measured: list[float] = field(default_factory=list)
+    waiting_seconds: float | None = None
     preparation_seconds: float | None = None
 
     def tree(self) -> dict[str, Any]:
@@ -116,14 +120,14 @@ def dry_run(name: str, overrides: list[str], processes: int = 1, peak: float | N
         found[way] = memory(task.module, config, held, processes, low), flops
     mine, flops = found[checkpointing]
     samples = getattr(task, "samples", None)
-    timed: tuple[list[float], float] | None = None
+    timed: Timed | None = None
     seconds: float | None
     if peak is not None:
         seconds = flops * config.accumulate / (peak * utilisation)
         source = f"computed: {peak:.3g} FLOP/s of each of {processes} devices, of which {utilisation:.0%} are assumed to be reached"
     else:
         timed, source = _timed(module, _of_batch(recipe, share * config.accumulate), mine, device)
-        seconds = statistics.median(timed[0]) if timed else None
+        seconds = fmean(timed.steps) if timed else None
         if timed and processes > 1:
             source += "; one process's share, without what the processes exchange"
     return Report(
@@ -144,8 +148,9 @@ def dry_run(name: str, overrides: list[str], processes: int = 1, peak: float | N
         step_seconds=seconds,
         seconds=None if seconds is None else seconds * config.steps,
         time_from=source,
-        measured=timed[0] if timed else [],
-        preparation_seconds=timed[1] if timed else None,
+        measured=timed.steps if timed else [],
+        waiting_seconds=timed.waiting if timed else None,
+        preparation_seconds=timed.preparation if timed else None,
     )
 
 
@@ -237,37 +242,38 @@ def parameters(module: nn.Module) -> dict[str, tuple[int, int]]:
     return {key: value for key, value in out.items() if key != "total"} | {"total": out["total"]}
 
 
-def measure(module: Any, recipe: Any) -> tuple[list[float], float]:
-    """Seconds of each of a few real steps after the first, and of what comes before them; nothing is kept."""
-    config: TrainConfig = recipe.train
+@dataclass(frozen=True)
+class Timed:
+    """Seconds: of each timed step, of them spent on waiting for data on average, and before the first step."""
+
+    steps: list[float]
+    waiting: float
+    preparation: float
+
+
+def measure(module: Any, recipe: Any) -> Timed:
+    """Time some steps of the run itself, while batches are made ahead; nothing is kept."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         task = module.build(recipe, Path(folder))
-    team = Team(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    low = resolve_precision(config.precision, team.device)
-    task.module.to(team.device).train()
-    shown, state = Losses(task), TrainState.create(task.module, config)
-    prepared, seconds = time.perf_counter() - began, []
-
-    def batch(index: int) -> Any:
-        return task.batch(team.parts(index // config.accumulate, config.accumulate)[index % config.accumulate])
-
-    with prefetch(batch, 0, (WARM + MEASURED) * config.accumulate) as batches:
-        for step in range(WARM + MEASURED):
-            started = time.perf_counter()
-            step_once(shown, state, config, batches, learning_rate(config, step), team, low)
-            state.step += 1
-            if state.ema:
-                state.ema.update(state.step)
-            if team.device.type == "cuda":
+    config: TrainConfig = recipe.train.model_copy(update={"steps": WARM + MOST + AHEAD})  # there are always more batches to make
+    run = Run.begin(task, config, Team(config))
+    prepared, seconds, waited = time.perf_counter() - began, list[float](), list[float]()
+    with contextlib.closing(run.steps()) as steps:
+        last = time.perf_counter()
+        for _, _, spent in steps:
+            if run.team.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-    return seconds[WARM:], prepared
+            now = time.perf_counter()
+            seconds.append(now - last)
+            waited.append(spent["data_ms"] / 1e3)
+            last, count = now, len(seconds) - WARM
+            if count == MOST or (count >= FEWEST and sum(seconds[WARM:]) >= SECONDS):
+                break
+    return Timed(seconds[WARM:], fmean(waited[WARM:]), prepared)
 
 
-def _timed(module: Any, recipe: Any, needed: Memory, device: torch.device) -> tuple[tuple[list[float], float] | None, str]:
+def _timed(module: Any, recipe: Any, needed: Memory, device: torch.device) -> tuple[Timed | None, str]:
     """What was measured here, and how; nothing, and why not."""
     free, hint = _free(device), "; give --flops, the peak of the device that will train"
     if needed.peak > free:
@@ -276,7 +282,8 @@ def _timed(module: Any, recipe: Any, needed: Memory, device: torch.device) -> tu
         found = measure(module, recipe)
     except (UserError, OSError) as error:  # transformers' own, where a folder lacks its tokenizer
         return None, f"unknown: no step can be run here ({error}){hint}"
-    return found, f"measured: the median of {MEASURED} steps on {device.type} after {WARM} others"
+    timed = f"the mean of {len(found.steps)} steps on {device.type} after {WARM} others"
+    return found, f"measured: {timed}, with batches made ahead as in the run"
 
 
 def _free(device: torch.device) -> int:

@@ -81,8 +81,17 @@ def misfits(demonstrations: Demonstrations, spec: Spec, action_key: str, setting
                 sentence = f"{dataset.path} has no camera {camera} (it has {', '.join(dataset.cameras)}), which heads.{name} foresees"
                 found.append(Finding("cameras", sentence, f"name cameras that it has: overrides.heads.{name}.cameras=[...]"))
         found += _size_misfits(dataset, spec, settings, foreseen)
-        for what, most, key in (("state", spec.state_dim, "observation.state"), ("action", head.action_dim, action_key)):
+        turned = settings.angles
+        for what, most, key in (
+            ("state", spec.state_dim - (turned.added if turned else 0), "observation.state"),
+            ("action", head.action_dim, action_key),
+        ):
             have = dataset.vectors[key].shape[1] if key in dataset.vectors else 0
+            if what == "state" and turned is not None and 0 < have < turned.groups[-1][1]:
+                sentence = (
+                    f"{dataset.path}: '{key}' has {have} dimensions, of which the policy takes those up to {turned.groups[-1][1]} as angles"
+                )
+                found.append(Finding("dimensions", sentence, "map the state in the order that the policy knows"))
             if have > most:
                 sentence = f"{dataset.path}: '{key}' has {have} dimensions, {spec.name} takes {most} for its {what} at most"
                 found.append(Finding("dimensions", sentence, f"choose fewer in the mapping, or set the spec's {what}_dim"))

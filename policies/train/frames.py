@@ -16,7 +16,8 @@ from ...data.mixture import Mixture
 from ...data.sampler import Batch, ChunkSampler
 from ...vla import Spec
 from .demonstrations import Demonstrations
-from .team import Part, is_main, processes, rank
+from .launch import is_main, processes, rank
+from .team import Part
 
 Views = list[Tensor]
 """One uint8 tensor (B, F, H, W, 3) per camera, in the spec's order: its past, the oldest first."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from .launch import fewer_than_asked
 from .logs import RunLog
 from .optim import TrainConfig, learning_rate, resolve_precision
 from .state import TrainState, load_state, publish, settle, step_folders
@@ -74,6 +75,9 @@ class StepReport:
 
 Hook = Callable[[StepReport], None]
 
+AHEAD = 2
+"""Batches that are made ahead."""
+
 
 def step_seed(seed: int, index: int) -> int:
     """A 63-bit seed for ``index`` of a run: well mixed, so that neighbours share nothing."""
@@ -93,12 +97,8 @@ def train(task: Task, config: TrainConfig, out: Path, resume: bool = False, hook
     team = Team(config)
     share = config.share(team.size)
     team.first(lambda: begin(out, resume, config.keep))
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    dtype = resolve_precision(config.precision, team.device)
-    task.module.to(team.device).train()
-    shown = team.join(Losses(task), dtype)
-    state = TrainState.create(task.module, config)
+    run = Run.begin(task, config, team)
+    state = run.state
     saved = step_folders(out)
     if saved:
         load_state(saved[-1], state, config)
@@ -106,25 +106,17 @@ def train(task: Task, config: TrainConfig, out: Path, resume: bool = False, hook
         return saved[-1]
     checkpoint: Path | None = None
     team.wait()  # nobody writes before all have read
-
-    def batch(index: int) -> Any:
-        return task.batch(team.parts(index // config.accumulate, config.accumulate)[index % config.accumulate])
-
-    ahead = prefetch(batch, state.step * config.accumulate, config.steps * config.accumulate)
-    with RunLog(out, config.steps, state.step, team.main) as log, ahead as batches, stopping() as stop:
+    with RunLog(out, config.steps, state.step, team.main) as log, contextlib.closing(run.steps()) as steps, stopping() as stop:
         log.say(f"{config.steps} steps of {config.batch_size} samples: {share} at a time in {team}")
-        while state.step < config.steps:
-            lr = learning_rate(config, state.step)
-            values, seconds = step_once(shown, state, config, batches, lr, team, dtype)
-            state.step += 1
-            if state.ema:
-                state.ema.update(state.step)
+        if fewer_than_asked():
+            log.say("accelerate launch --cpu starts several processes only through MPI; see policies/README.md, Fine-tuning")
+        for lr, values, seconds in steps:
             state.meter.add(values | seconds)
             if state.step % config.log_every == 0 or state.step == config.steps:
                 log.write(state.step, {"lr": lr, **state.meter.take()})
             log.advance(state.step)
             if state.step % config.validate_every == 0 or state.step == config.steps:
-                log.validate(state.step, validate(task, shown, state, team, dtype))
+                log.validate(state.step, run.validate())
             stopped = team.largest(stop[0] if stop else 0)  # a signal from here on is answered after the next step, with its checkpoint
             due = state.step % config.save_every == 0 or state.step == config.steps or stopped
             checkpoint = publish(out, task.save, state, config, team) if due else None
@@ -148,50 +140,85 @@ class Losses(nn.Module):
         return self.task[0].validate() if batch is None else self.task[0].losses(batch)
 
 
-def step_once(
-    shown: nn.Module, state: TrainState, config: TrainConfig, batches: Iterator[Any], lr: float, team: Team, dtype: torch.dtype
-) -> tuple[dict[str, float], dict[str, float]]:
-    """One optimizer step. Returns the loss terms with ``grad_norm``, and the milliseconds spent on waiting for data and on computing.
+@dataclass
+class Run:
+    """A task where it trains, with what its steps need.
 
-    Args:
+    Attributes:
         shown: what ``Team.join`` made of the task's losses.
+        dtype: of matrix products.
     """
-    waited, began = 0.0, time.perf_counter()
-    sums: dict[str, Tensor] = {}
-    parts = team.parts(state.step, config.accumulate)
-    for part in parts:
-        asked = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - asked
-        torch.manual_seed(step_seed(config.seed, part.index))
-        with team.summing(shown, part is parts[-1]):
-            with torch.autocast(team.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                losses = shown(to_device(batch, team.device))
-            torch.autograd.backward(losses["loss"] / config.accumulate)
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0) + value.detach().float() / config.accumulate
-    limit = float("inf") if config.clip is None else config.clip
-    sums["grad_norm"] = whole(nn.utils.clip_grad_norm_(state.parameters.values(), limit)).float()
-    values = dict(zip(sums, team.mean(torch.stack(list(sums.values()))).tolist(), strict=True))
-    refuse_non_finite(values, state.step + 1)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    total = time.perf_counter() - began
-    return values, {"data_ms": 1e3 * waited, "compute_ms": 1e3 * (total - waited)}
 
+    task: Task
+    config: TrainConfig
+    team: Team
+    shown: nn.Module
+    state: TrainState
+    dtype: torch.dtype
 
-@torch.no_grad()
-def validate(task: Task, shown: nn.Module, state: TrainState, team: Team, dtype: torch.dtype) -> dict[str, Any]:
-    """What the weights that would be deployed now make of held-out data."""
-    deployed = state.ema.deployed() if state.ema else contextlib.nullcontext()
-    low = torch.autocast(team.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-    task.module.eval()
-    with deployed, torch.random.fork_rng(devices=[]), low:
-        found = cast(dict[str, Any], shown(None))
-    task.module.train()
-    return found
+    @classmethod
+    def begin(cls, task: Task, config: TrainConfig, team: Team) -> "Run":
+        """At step 0, on the team's device."""
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        dtype = resolve_precision(config.precision, team.device)
+        task.module.to(team.device).train()
+        shown = team.join(Losses(task), dtype)
+        return cls(task, config, team, shown, TrainState.create(task.module, config), dtype)
+
+    def steps(self) -> Iterator[tuple[float, dict[str, float], dict[str, float]]]:
+        """The steps that are left, with batches made ahead. Each gives what ``once`` returns, after its learning rate."""
+        config, team, state = self.config, self.team, self.state
+
+        def batch(index: int) -> Any:
+            return self.task.batch(team.parts(index // config.accumulate, config.accumulate)[index % config.accumulate])
+
+        with prefetch(batch, state.step * config.accumulate, config.steps * config.accumulate) as batches:
+            while state.step < config.steps:
+                lr = learning_rate(config, state.step)
+                yield lr, *self.once(batches, lr)
+
+    def once(self, batches: Iterator[Any], lr: float) -> tuple[dict[str, float], dict[str, float]]:
+        """One optimizer step. Returns the loss terms with ``grad_norm``, and milliseconds of waiting for data and of computing."""
+        config, team, state = self.config, self.team, self.state
+        waited, began = 0.0, time.perf_counter()
+        sums: dict[str, Tensor] = {}
+        parts = team.parts(state.step, config.accumulate)
+        for part in parts:
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            torch.manual_seed(step_seed(config.seed, part.index))
+            with team.summing(self.shown, part is parts[-1]):
+                with torch.autocast(team.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                    losses = self.shown(to_device(batch, team.device))
+                torch.autograd.backward(losses["loss"] / config.accumulate)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() / config.accumulate
+        limit = float("inf") if config.clip is None else config.clip
+        sums["grad_norm"] = whole(nn.utils.clip_grad_norm_(state.parameters.values(), limit)).float()
+        values = dict(zip(sums, team.mean(torch.stack(list(sums.values()))).tolist(), strict=True))
+        refuse_non_finite(values, state.step + 1)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        if state.ema:
+            state.ema.update(state.step)
+        total = time.perf_counter() - began
+        return values, {"data_ms": 1e3 * waited, "compute_ms": 1e3 * (total - waited)}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """What the weights that would be deployed now make of held-out data."""
+        deployed = self.state.ema.deployed() if self.state.ema else contextlib.nullcontext()
+        low = torch.autocast(self.team.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        self.task.module.eval()
+        with deployed, torch.random.fork_rng(devices=[]), low:
+            found = cast(dict[str, Any], self.shown(None))
+        self.task.module.train()
+        return found
 
 
 def refuse_non_finite(values: dict[str, float], step: int) -> None:
@@ -226,7 +253,7 @@ def begin(out: Path, resume: bool, keep: int) -> None:
 
 
 @contextlib.contextmanager
-def prefetch(batch: Callable[[int], Any], start: int, end: int, depth: int = 2) -> Iterator[Iterator[Any]]:
+def prefetch(batch: Callable[[int], Any], start: int, end: int, depth: int = AHEAD) -> Iterator[Iterator[Any]]:
     """The batches ``start`` .. ``end - 1`` in order, made ahead by one thread. Errors come out where the batch was due.
 
     That thread computes alone (the setting is per thread): workers of its own, beside those of the thread that trains, made

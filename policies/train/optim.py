@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -15,6 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ...config import Strict
 from ...errors import UserError
+from .launch import local_rank, wants_cpu
 
 
 class TrainConfig(Strict):
@@ -165,17 +165,19 @@ class Ema:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is a GPU when one is present.
+    """``auto`` is a GPU when one is present, and not ``accelerate launch --cpu`` began the process.
 
     Raises:
-        UserError: a GPU is asked for and there is none.
+        UserError: a GPU is asked for and there is none, or the launcher was told to use none.
     """
     present = torch.cuda.is_available()
     if name == "cuda" and not present:
         raise UserError("train.device is 'cuda' but torch finds no GPU here; use train.device=cpu or auto")
-    if name == "cpu" or not present:
+    if name == "cuda" and wants_cpu():
+        raise UserError("train.device is 'cuda' but accelerate launch was told to use the CPU; leave out one of the two")
+    if name == "cpu" or not present or wants_cpu():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", local_rank())
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:

@@ -178,7 +178,7 @@ class PolicyTask:
         head = next(h for h in self.spec.heads.values() if isinstance(h, FlowHead))
         ids, present = self._words(drawn, state)
         batch: dict[str, Any] = {
-            "state": torch.from_numpy(_padded(state.astype(np.float32), self.spec.state_dim)),
+            "state": torch.from_numpy(_padded(self.settings.felt(state).astype(np.float32), self.spec.state_dim)),
             "actions": torch.from_numpy(_padded(self.action.normalise(action).astype(np.float32), head.action_dim)),
             "mask": torch.from_numpy(drawn["mask"]),
             "ids": ids,

@@ -8,9 +8,9 @@ from typing import Any
 from ...config import dump, find, load_tree, parse, read_yaml
 from ...data.files import room, write_file
 from ...errors import UserError
+from .launch import is_main
 from .loop import train
 from .state import refuse_changes, step_folders
-from .team import is_main
 
 # kind -> module with ``Recipe`` (a Strict model with ``kind`` and ``train: TrainConfig``) and ``build(recipe, out) -> Task``
 KINDS = {"policy": ".policy", "vlm": ".vlm", "autoencoder": ".autoencoder"}

@@ -1,10 +1,9 @@
-"""The processes of a run: one, or several that share every step's batch (``torchrun``, ``accelerate launch``; one node or many).
+"""The processes of a run: one, or several that share every step's batch (``torchrun``, ``accelerate launch``, ``mpirun``; any nodes).
 
 What is saved and logged is that of the whole: any number of processes may resume what any other number began.
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,9 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...vla.experts import Expert
+from .launch import flag, meet, processes
 from .optim import TrainConfig, resolve_device
-
-RANK, SIZE = "RANK", "WORLD_SIZE"
 
 
 @dataclass(frozen=True)
@@ -43,21 +41,6 @@ class Part:
         return slice(self.number * batch_size // self.of, (self.number + 1) * batch_size // self.of)
 
 
-def processes() -> int:
-    """How many processes the launcher started."""
-    return int(os.environ.get(SIZE, "1"))
-
-
-def rank() -> int:
-    """The number of this process among them."""
-    return int(os.environ.get(RANK, "0"))
-
-
-def is_main() -> bool:
-    """Whether this process writes files and speaks."""
-    return rank() == 0
-
-
 class Team:
     """This process among those of the run; alone where there is no launcher.
 
@@ -73,12 +56,12 @@ class Team:
             from accelerate import Accelerator
             from accelerate.utils import DistributedDataParallelKwargs
 
+            meet()
             options = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
             self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no", kwargs_handlers=[options])
             self.rank, self.device = self.accelerator.process_index, self.accelerator.device
         self.main = self.rank == 0
-        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
-        self.sharded = self.size > 1 and (config.parallel == "fsdp" or asked)
+        self.sharded = self.size > 1 and (config.parallel == "fsdp" or flag("ACCELERATE_USE_FSDP"))
 
     def __str__(self) -> str:
         kind = "" if self.size == 1 else " by FSDP2" if self.sharded else " by DDP"

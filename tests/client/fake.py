@@ -1,7 +1,8 @@
 """A small server of protocol ``triune 1`` that thinks nothing, for tests of the client; also on Python 3.8, without pytest.
 
 Session names say what it does: ``slow`` thinks 0.3 s, ``never`` does not answer, ``bad`` is refused, ``gone`` ends the connection,
-``junk`` is answered by what is no message, ``flat`` by actions of one dimension, ``draining`` by a farewell.
+``junk`` is answered by what is no message, ``flat`` by actions of one dimension, ``draining`` by a farewell. ``act`` answers in place of
+the ramp of ``plan``: it is called with each reset and each request.
 """
 
 import asyncio
@@ -26,7 +27,8 @@ CONTRACT = {
 class Fake:
     """Serves in a thread of its own while it is entered. ``seen`` has what clients sent."""
 
-    def __init__(self, token=None, contract=None, welcome=None, ssl=None, port=0):
+    def __init__(self, token=None, contract=None, welcome=None, ssl=None, port=0, act=None):
+        self.act = act
         self.token, self.contract, self.welcome, self.ssl, self.port = token, contract or CONTRACT, welcome or {}, ssl, port
         self.seen, self.sessions = [], {}
 
@@ -89,6 +91,8 @@ class Fake:
             return await connection.send(pack({**hello, **more, **self.welcome}))
         if kind == "reset":
             self.sessions[session] = [message["seed"], 0]
+            if self.act is not None:
+                self.act(message)
         if kind in ("reset", "end"):
             return await connection.send(pack({"type": "ready", "id": number}))
         if session == "never":
@@ -104,7 +108,7 @@ class Fake:
             return await connection.send(pack({"type": "error", "id": number, "code": "bad_request", "message": "no camera wrist"}))
         if session == "slow":
             await asyncio.sleep(0.3)
-        actions = plan(self.sessions.setdefault(session, [0, 0]), message["observation"])
+        actions = self.act(message) if self.act is not None else plan(self.sessions.setdefault(session, [0, 0]), message["observation"])
         reply = {"type": "plan", "id": number, "actions": actions, "rate": 20.0, "time": message["observation"].get("timestamp", 0.0)}
         reply.update(timing={"queue": 0.1}, events={"clamp": 1}, value=0.5)
         if message["foresight"]:

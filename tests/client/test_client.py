@@ -181,6 +181,8 @@ def test_tokens() -> None:
         ({"url": "ws://192.0.2.1:1", "token": "t"}, "in the clear: use wss://"),
         ({"url": "ws://127.0.0.1:1", "token": "a\nb"}, "printable"),
         ({"url": "ws://127.0.0.1:1", "ca": "x.pem"}, "needs TLS"),
+        ({"url": "wss://127.0.0.1:1", "ca": "absent.pem"}, "absent.pem is no file of certificates: No such file"),
+        ({"url": "wss://127.0.0.1:1", "ca": __file__}, "is no file of certificates"),
         ({"url": "ws://127.0.0.1:1", "jpeg": 0}, "quality from 1 to 95"),
         ({"url": "ws://127.0.0.1:1", "resize": (0, 5)}, "height, width"),
     ],
@@ -305,13 +307,16 @@ def test_on_an_old_interpreter() -> None:
     if not OLD.exists():
         found = [name for name in ("python3.8", "python3.9", "python3.10") if shutil.which(name)]
         pytest.skip(f"no .venv-oldest: {'make venv builds it' if found else 'no Python 3.8 to 3.10 is installed'}")
-    done = subprocess.run([OLD, "oldest.py"], cwd=HERE, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(PACKAGE.parent)})
+    done = subprocess.run([OLD, "oldest.py"], cwd=HERE, capture_output=True, text=True, timeout=60, env={})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("fine 3.") and int(done.stdout.split(".")[1]) <= 10
 
 
-def test_on_this_interpreter_too() -> None:
-    done = subprocess.run([sys.executable, "-W", "error", "oldest.py"], cwd=HERE, capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("python", [Path(sys.executable), ROOT / ".venv-peers" / "bin" / "python"], ids=["this", "newest websockets"])
+def test_on_other_versions_of_what_it_needs(python: Path) -> None:
+    assert python.exists(), "make venv builds .venv-peers"
+    environment = {"PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run([python, "-W", "error", "oldest.py"], cwd=HERE, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stderr
 
 

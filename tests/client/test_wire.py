@@ -174,6 +174,8 @@ HOSTILE = {
     "no shape": msgpack.packb({"__ndarray__": True, "data": b"", "dtype": "<f4"}),
     "keys of both kinds": msgpack.packb({b"__ndarray__": True, "data": b"\0" * 4, "dtype": "<f4", "shape": [1]}),
     "scalar out of range": generic(300, "|u1"),
+    "float out of range": generic(1e300, "<f2"),
+    "integer beyond floats": generic(2**63, "<f2"),
     "scalar of text": generic("7", "<i4"),
     "scalar of bool": generic(True, "<i4"),
     "scalar without type": generic(1, None),

@@ -10,7 +10,6 @@ import pytest
 
 from triune.data import Contract, Episode, open_dataset
 from triune.data.inspect import inspect
-from triune.data.readers.images import Pyav
 from triune.errors import UserError
 
 MakeEpisode = Callable[..., Episode]
@@ -136,21 +135,3 @@ def test_broken(name: str, make_dataset: MakeDataset) -> None:
     with pytest.raises(UserError, match=message) as error:
         open_dataset(folder)
     assert "\n" not in str(error.value)
-
-
-def test_video_that_is_cut_off(tmp_path: Path) -> None:
-    import av
-
-    path = tmp_path / "v.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width = stream.height = 64
-        for level in range(20):
-            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), level * 10, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    frames = np.empty((4, 64, 64, 3), np.uint8)
-    Pyav(path, 10).read([0.0, 0.1, 1.5, 1.9], frames, range(4))
-    np.testing.assert_allclose(frames.astype(float).mean((1, 2, 3)), [0, 10, 150, 190], atol=3)
-    with pytest.raises(UserError, match=r"ends before 2\.500 s"):
-        Pyav(path, 10).read([2.5], frames, [0])

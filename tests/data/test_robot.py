@@ -101,6 +101,23 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     "name": ({"name": "unknown"}, "'name': Input should be a valid string"),
     "rate": ({"rate": 0}, "'rate': Input should be greater than 0"),
     "flip": ({"cameras": {"wrist": {"source": "wrist", "flip": "upside down"}}}, "'cameras.wrist.flip'"),
+    "limits": ({"limits": {"action": {"dx": {"maximum": 1}}}}, "unknown key 'limits.action.dx.maximum'; did you mean 'max'"),
+    "limited": ({"limits": {"action": {"dy": {"max": 1}}}}, "limits.action names dy; slots of the action are gripper, dx"),
+    "velocity": ({"limits": {"action": {"dx": {"velocity": 0}}}}, "'limits.action.dx.velocity': Input should be greater than 0"),
+    "ends": ({"limits": {"action": {"dx": {"min": 1, "max": 0}}}}, "limits.action.dx: min 1 is above max 0"),
+    "still": ({"limits": {"action": {"dx": {"min": 1}}}}, "limits.action.dx: a step of 0 is outside"),
+    "no state": ({"limits": {"action": {"dx": {"state": "x"}}}}, "limits.action.dx: the state has no slot 'x'; it has height, push"),
+    "units": ({"limits": {"action": {"dx": {"state": "push"}}}}, "its unit and that of state push are 'm' and unknown; write the same one"),
+    "idle": ({"limits": {"workspace": {"height": [0, 1]}}}, "no slot of the action has `state: height`, so nothing would keep it"),
+    "nowhere": ({"limits": {"workspace": {"x": [0, 1]}}}, "limits.workspace: the state has no slot 'x'"),
+    "space": (
+        {"limits": {"action": {"dx": {"state": "height"}}, "workspace": {"height": [1, 0]}}},
+        "limits.workspace.height: 1 is above 0",
+    ),
+    "mode": (
+        {"action": {"slots": [{"name": "d", "source": "action[0]"}]}, "limits": {"action": {"d": {"velocity": 1}}}},
+        "limits.action.d: say `mode`",
+    ),
 }
 
 
@@ -140,3 +157,27 @@ def test_views_of_views(make_dataset: MakeDataset) -> None:
     ).view(view)
     np.testing.assert_array_equal(again.frames("a", [1]), view.frames("wrist", [1]))
     np.testing.assert_array_equal(again.vectors["action"][:, 0], view.vectors["action"][:, 0])
+
+
+def test_limits_are_rows_of_the_action_s_slots() -> None:
+    assert robot().action_limits is None
+    limits = {"action": {"dx": {"velocity": 2, "max": "unknown", "state": "height"}, "gripper": {"mode": "absolute", "min": 0, "max": 1}}}
+    tree = robot(limits=limits | {"workspace": {"height": [0.1, 0.4]}}).action_limits
+    assert tree == {
+        "dimensions": [
+            {"name": "gripper", "unit": "1", "mode": "absolute", "min": 0, "max": 1},
+            {"name": "dx", "unit": "m", "mode": "relative", "velocity": 2, "state": 0, "scale": 1, "low": 0.1, "high": 0.4},
+        ],
+        "source": "robot mine",
+    }
+
+
+def test_a_place_starts_from_the_state_of_its_name() -> None:
+    slots = [{"name": "push", "source": "action[0]", "unit": "m"}, {"name": "height", "source": "action[1]", "unit": "cm"}]
+    state = [{"name": name, "source": f"observation.state[{i}]", "unit": "m"} for i, name in enumerate(("push", "height"))]
+    tree = robot(action={"mode": "absolute", "slots": slots}, state={"slots": state}, limits={}).action_limits
+    assert tree is not None
+    assert tree["dimensions"] == [
+        {"name": "push", "unit": "m", "mode": "absolute", "state": 0, "scale": 1.0},
+        {"name": "height", "unit": "cm", "mode": "absolute"},
+    ]

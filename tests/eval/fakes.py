@@ -150,6 +150,9 @@ class FakePolicy(Policy):
     def reset(self, session: str, seed: int) -> None:
         self.sessions[session] = [seed, 0]
 
+    def close(self, session: str) -> None:
+        self.sessions.pop(session, None)
+
     def plan(self, requests: list[Request]) -> list[Plan]:
         self.batches.append([r.session for r in requests])
         for request in requests:

@@ -95,6 +95,21 @@ def test_a_policy_that_fails_on_one_episode_fails_on_that_one_only(tmp_path: Pat
     assert "asking one by one" in caplog.text
 
 
+def test_sessions_end_with_their_episodes(tmp_path: Path) -> None:
+    """Also where a world or the policy fails; never more are open than episodes are played at once."""
+
+    class Counting(FakePolicy):
+        most = 0
+
+        def plan(self, requests: list[Request]) -> list[Plan]:
+            self.most = max(self.most, len(self.sessions))
+            return super().plan(requests)
+
+    policy = Counting(fails_on="1000004")
+    play(tmp_path, jobs(16), policy, slots=4, broken=(1_000_003,))  # type: ignore[arg-type]
+    assert policy.sessions == {} and 1 < policy.most <= 4
+
+
 def test_changes_reach_the_policy(tmp_path: Path) -> None:
     swapped = play(tmp_path, jobs(change=give_instruction("reach the green square")), FakePolicy())
     blank = play(tmp_path, jobs(change=blank_images), FakePolicy())

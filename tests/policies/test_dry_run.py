@@ -1,7 +1,9 @@
 """What ``--dry-run`` says beside what a run takes."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from triune.data.writer import DatasetWriter
 from triune.policies.train import dry_run as dry
 from triune.policies.train import policy
 from triune.policies.train.imagined import Held
+from triune.policies.train.loop import AHEAD, Run, train
 from triune.policies.train.optim import Ema, make_optimizer, trainable
 from triune.policies.train.policy import PolicyTask, Recipe
 from triune.policies.train.team import Part
@@ -88,19 +91,44 @@ def test_weights_and_optimizer_are_those_of_a_run(recipe_tree: dict, tmp_path: P
     assert told.gradients == sum(p.grad.nbytes for p in learning.values() if p.grad is not None) + unused
 
 
-def test_time_comes_from_steps_or_from_a_peak(recipe_tree: dict, tmp_path: Path) -> None:
+def test_time_comes_from_steps_or_from_a_peak(recipe_tree: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry, "MOST", 5)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_tree))
     before = sorted(tmp_path.rglob("*"))
     told = CliRunner().invoke(app, ["train", str(path), "--dry-run", "--json", "--out", str(tmp_path / "out")])
     assert told.exit_code == 0, told.output
     found = json.loads(told.stdout)
-    assert found["step_seconds"] == float(np.median(found["measured"])) and len(found["measured"]) == dry.MEASURED
-    assert found["time_from"].startswith("measured") and sorted(tmp_path.rglob("*")) == before
+    assert found["step_seconds"] == pytest.approx(np.mean(found["measured"])) and len(found["measured"]) == 5
+    assert 0 < found["waiting_seconds"] < found["step_seconds"] and found["time_from"].startswith("measured: the mean of 5 steps")
+    assert sorted(tmp_path.rglob("*")) == before
     report = dry.dry_run(str(path), ["train.accumulate=2"], processes=2, peak=1e9, utilisation=0.5)
     assert report.share == 1 and report.step_seconds == pytest.approx(report.flops / 2 / 0.5e9)
     assert report.epochs == pytest.approx(4 * 4 / (report.samples or 0)) and report.memory.exchange == report.memory.trained
     assert CliRunner().invoke(app, ["train", str(path), "--dry-run", "--flops", "1e12"]).exit_code == 0
+
+
+def test_what_is_timed_are_steps_of_a_run(recipe_tree: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same function gives them, moving average and all; and until the last one of them batches are made ahead, as until shortly
+    before the end of a run."""
+    monkeypatch.setattr(dry, "MOST", 4)
+    recipe, taken, left = Recipe.model_validate(recipe_tree), list[Run](), list[int]()
+    once = Run.once
+
+    def noted(self: Run, batches: Iterator[Any], lr: float) -> Any:
+        taken.append(self)
+        left.append(self.config.steps - self.state.step - 1)
+        return once(self, batches, lr)
+
+    monkeypatch.setattr(Run, "once", noted)
+    timed = dry.measure(policy, recipe)
+    assert len(timed.steps) == 4 and len(taken) == dry.WARM + 4 and min(left) >= AHEAD
+    state = taken[-1].state
+    assert state.step == dry.WARM + 4 and state.ema is not None
+    assert any(not torch.equal(state.ema.average[name], state.parameters[name]) for name in state.parameters)
+    taken.clear()
+    train(PolicyTask(recipe, tmp_path / "run"), recipe.train, tmp_path / "run")
+    assert len(taken) == recipe.train.steps
 
 
 @pytest.mark.slow

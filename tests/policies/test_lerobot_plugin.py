@@ -22,6 +22,7 @@ from triune.data.writer import DatasetWriter
 from triune.policies import Request, find_checkpoint, load_policy, read_checkpoint, verify
 from triune.policies.train.recipe import run
 
+from ..client.fake import Fake
 from ..envs.point_world import PointWorld, expert
 from ..lerobot_peers import record_frames
 
@@ -425,3 +426,48 @@ def test_golden_pictures_reach_the_hub(trained: Path, monkeypatch: pytest.Monkey
     policy.config.repo_id = "someone/folding"
     policy.push_model_to_hub(None)
     assert sent[0] == "lerobot's own" and {"someone/folding/golden/04-hand.png", "someone/folding/manifest.json"} <= set(sent)
+
+
+def test_lerobot_evaluates_a_policy_behind_a_server(point_env: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its address, and by the folder that it saves; the token is in the environment and nowhere else."""
+    asked: list[dict] = []
+    monkeypatch.setenv("TRIUNE_TOKEN", "s3cret")
+
+    def act(message: dict) -> np.ndarray:
+        asked.append(message)
+        return np.repeat([[0.5, -0.5, 1.0]], 4, 0).astype(np.float32)
+
+    contract = {**PointWorld("point/a").contract.model_dump(mode="json"), "chunk": 4, "executed": 2}
+    settings = {
+        "env__type": "triune",
+        "env__task": "point/a",
+        "eval__n_episodes": 2,
+        "eval__batch_size": 2,
+        "seed": 1_000_000,
+        "eval__use_async_envs": "false",
+    }
+    with Fake(token="s3cret", contract=contract, act=act) as server:
+        lerobot(
+            "eval",
+            policy__type="triune_remote",
+            policy__url=server.url,
+            output_dir=tmp_path / "eval",
+            **settings,
+        )
+        first = [message for message in asked if message["type"] == "infer"]
+        config = importlib.import_module("lerobot_policy_triune").TriuneRemoteConfig(url=server.url, device="cpu")
+        policy = importlib.import_module("lerobot_policy_triune.modeling_triune_remote").TriuneRemotePolicy(config)
+        policy.save_pretrained(tmp_path / "saved")
+        asked.clear()
+        lerobot("eval", policy__path=tmp_path / "saved", output_dir=tmp_path / "again", **settings)
+        again = [message for message in asked if message["type"] == "infer"]
+        config.n_action_steps = 9
+        with pytest.raises(UserError, match="has 4 steps, not 9"):
+            type(policy)(config)
+    assert len(first) == len(again) == 2 * 40 / 2
+    assert [message["session"] for message in first[:2]] == ["0", "1"]
+    seen = first[2]["observation"]
+    assert set(seen["images"]) == {"agentview", "wrist"} and seen["instruction"] == "go to the goal of point/a" and seen["timestamp"] == 0.1
+    np.testing.assert_allclose(seen["state"], [0.2, -0.2], atol=1e-6)  # two steps of what was answered
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+    assert all("s3cret" not in path.read_text(errors="replace") for path in tmp_path.rglob("*.json"))

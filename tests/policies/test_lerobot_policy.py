@@ -125,8 +125,35 @@ def test_requests_that_do_not_fit_are_refused(saved: tuple[Path, Any, Any, Any])
     ours.reset("s", 0)
     with pytest.raises(UserError, match="needs camera 'wrist', the observation has agentview"):
         ours.act(Request("s", Observation({"agentview": observation(0).images["agentview"]}, np.zeros(STATE), "go")))
-    with pytest.raises(UserError, match="takes neither a prefix nor several samples"):
-        ours.act(Request("s", observation(0), prefix=ActionChunk(np.zeros((1, ACTION)), 10.0)))
+    with pytest.raises(UserError, match="draws one chunk from an observation"):
+        ours.act(Request("s", observation(0), samples=2))
+    if ours.policy.config.type == "act":
+        with pytest.raises(UserError, match="lerobot's act does no real-time chunking"):
+            ours.act(Request("s", observation(0), prefix=ActionChunk(np.zeros((1, ACTION)), 10.0)))
+    ours.close("s")
+    assert ours.sessions == {}
+
+
+def test_what_is_left_guides_as_in_lerobot(saved: tuple[Path, Any, Any, Any]) -> None:
+    """Its own guidance from actions in the units of its network, here those of mean and deviation."""
+    folder, policy, _, after = saved
+    ours = load_lerobot(folder)
+    assert ours.realtime == {"prefix": 0, "guided": policy.config.type == "smolvla"}
+    if not ours.guides:
+        return
+    left = np.random.default_rng(0).normal(size=(3, ACTION)).astype(np.float32) * 4 + 2
+    answers = []
+    for prefix, delay in ((None, 0), (ActionChunk(np.zeros((0, ACTION)), 10.0), 2), (ActionChunk(left, 10.0), 2)):
+        ours.reset("s", 3)
+        answers.append(ours.act(Request("s", observation(0), prefix, delay)).chunk.actions)
+    np.testing.assert_array_equal(answers[0], answers[1])
+    network = torch.from_numpy((left - STATS["action"]["mean"]) / STATS["action"]["std"])[None]
+    with torch.no_grad():
+        torch.manual_seed(int(np.random.SeedSequence([3, 0]).generate_state(1, np.uint64)[0] >> 1))
+        seen = ours.before(ours._batch(observation(0)))
+        expected = after(ours.policy.predict_action_chunk(seen, prev_chunk_left_over=network, inference_delay=2))[0]
+    np.testing.assert_allclose(answers[2], expected.numpy(), atol=1e-4)
+    assert np.abs(answers[2] - left[[0, 1, 2, 2, 2]])[:2].mean() < 0.5 * np.abs(answers[0] - left[[0, 1, 2, 2, 2]])[:2].mean()
 
 
 def test_a_folder_of_lerobot_is_told_from_a_checkpoint(saved: tuple[Path, Any, Any, Any], tmp_path: Path) -> None:

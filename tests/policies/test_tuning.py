@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from triune import UserError
 from triune.config import merge
 from triune.data import Observation
+from triune.data.transforms import Angles
 from triune.policies import Request, load_policy, read_checkpoint, verify
+from triune.policies.train.fit import misfits
 from triune.policies.train.policy import PolicyTask, Recipe
 from triune.policies.train.recipe import run
 from triune.policies.train.team import Part
@@ -150,6 +152,19 @@ def test_relative_actions_leave_the_policy_absolute(recipe_tree: dict, tmp_path:
     seen = Observation({c.name: np.zeros((32, 32, 3), np.uint8) for c in cameras}, np.arange(5, dtype=np.float32), "lift the cube")
     still = policy.action.unnormalise(np.zeros((6, 3), np.float32)) + np.array([1, 0, 0])
     np.testing.assert_allclose(policy.act(Request("s", seen)).chunk.actions, still, atol=1e-6)
+
+
+def test_angles_are_learned_as_they_are_seen(recipe_tree: dict, tmp_path: Path) -> None:
+    task = PolicyTask(Recipe.model_validate({**recipe_tree, "overrides": {"state_dim": 9}}), tmp_path)
+    plain, size = task.batch(Part(0))["state"], task.contract.state.size
+    task.settings = task.settings.model_copy(update={"angles": Angles(groups=((1, 2),))})
+    state = task.batch(Part(0))["state"]
+    torch.testing.assert_close(state[:, 1], plain[:, 1].sin())
+    torch.testing.assert_close(state[:, 2], plain[:, 1].cos())
+    torch.testing.assert_close(state[:, 3 : size + 1], plain[:, 2:size])
+    beyond = task.settings.model_copy(update={"angles": Angles(groups=((0, size + 1),))})
+    found = [row.sentence for row in misfits(task.demonstrations, task.spec, "action", beyond)]
+    assert any(f"takes those up to {size + 1} as angles" in sentence for sentence in found)
 
 
 def test_parts_of_a_batch_add_up(recipe_tree: dict, tmp_path: Path) -> None:

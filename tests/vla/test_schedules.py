@@ -14,6 +14,7 @@ from triune.vla.flow import draw_times, grid, time_weight
 from triune.vla.inputs import Noisy
 from triune.vla.model import Model
 from triune.vla.proofs import Probe, probe
+from triune.vla.realtime import settled
 from triune.vla.spec import Flow
 
 Make = Callable[..., Any]
@@ -84,14 +85,14 @@ def test_guidance_leads_away_from_what_is_left_out(make_spec: Make) -> None:
 def test_settled_actions_stay_and_are_not_scored(make_spec: Make) -> None:
     model = build(make_spec(heads={"action": {"prefix": 2}})).eval()
     data = probe(model)
-    settled = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(3))
-    free, bound, other = _answer(model, data), _answer(model, data, prefix=settled), _answer(model, data, prefix=settled + 1)
-    assert torch.equal(bound.actions[:, :2], settled)
+    begun = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(3))
+    free, bound, other = _answer(model, data), *(_answer(model, data, prefix=settled(model, begun + i)) for i in (0, 1))
+    assert torch.equal(bound.actions[:, :2], begun)
     assert not torch.allclose(bound.actions[:, 2:], free.actions[:, 2:]) and not torch.allclose(bound.actions[:, 2:], other.actions[:, 2:])
     with pytest.raises(UserError, match="was trained with up to 2 settled actions, 3 are given"):
-        _answer(model, data, prefix=torch.zeros(2, 3, 3))
+        settled(model, torch.zeros(2, 3, 3))
     with pytest.raises(UserError, match="up to 0 settled actions"):
-        _answer(build(make_spec()).eval(), data, prefix=settled)
+        settled(build(make_spec()).eval(), begun)
 
     # in training they are the data at t = 1, and what would be predicted of them does not count
     time = torch.full((2, 6), 0.4)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,14 +64,21 @@ def suits(expert: Expert) -> bool:
 
 class ReadyDecoder(Ready):
     """Our own decoder with fewer and larger operations: one product for q, k and v, the norms of q and k folded into the rotary
-    phases, and the adaptive norms of all steps computed at once (one flow time holds for all tokens)."""
+    phases, and the adaptive norms of all steps computed at once (one flow time holds for all tokens but those that are settled).
 
-    def __init__(self, decoder: Decoder, phase: Phase, alone: Phase, times: Float[Tensor, "S"]) -> None:
+    Args:
+        times: the flow time of each run; where tokens are settled, theirs comes last.
+        settled: which they are.
+    """
+
+    def __init__(
+        self, decoder: Decoder, phase: Phase, alone: Phase, times: Float[Tensor, "S"], settled: Bool[Tensor, "B T 1"] | None = None
+    ) -> None:
         self.decoder, self.heads = decoder, (decoder.space.heads, decoder.space.kv_heads)
         condition = decoder.condition(times[:, None])
-        self.layers = [_layer(decoder, i, phase, alone, condition, len(times)) for i in range(decoder.depth)]
+        self.layers = [_layer(decoder, i, phase, alone, condition, len(times), settled) for i in range(decoder.depth)]
         assert decoder.final_norm is not None
-        self.last = _Steps.of(decoder.final_norm, condition, len(times))
+        self.last = _Steps.of(decoder.final_norm, condition, len(times), settled)
 
     def project(self, layer: int, x: Float[Tensor, "B T D"], run: int) -> QKV:
         made, turned = self._turned(layer, x, run)
@@ -105,31 +112,38 @@ class ReadyDecoder(Ready):
 
 @dataclass(frozen=True)
 class _Steps:
-    """A norm in every run: the weight and, where it is adaptive, shift and gate, (D,) each."""
+    """A norm in every run: the weight and, where it is adaptive, shift and gate, (D,) each; those of ``settled`` tokens (B, T, 1) last."""
 
     weights: tuple[Tensor, ...]
     shifts: tuple[Tensor, ...] | None
     gates: tuple[Tensor, ...] | None
     eps: float
+    settled: Tensor | None = None
 
     @classmethod
-    def of(cls, norm: Norm, condition: Float[Tensor, "S 1 D"] | None, steps: int) -> "_Steps":
+    def of(cls, norm: Norm, condition: Float[Tensor, "S 1 D"] | None, steps: int, settled: Tensor | None) -> "_Steps":
         """``norm`` at the ``condition`` of each step."""
         assert norm.weight is not None, "an RMS norm has a weight"
         if not isinstance(norm, AdaptiveNorm) or condition is None:
             return cls((norm.weight,) * steps, None, None, norm.eps)
         scale, shift = norm.modulation(condition[:, 0]).chunk(2, dim=-1)
         gates = None if norm.gating is None else (1 + norm.gating(condition[:, 0])).unbind()
-        return cls((norm.weight * (1 + scale)).unbind(), shift.unbind(), gates, norm.eps)
+        return cls((norm.weight * (1 + scale)).unbind(), shift.unbind(), gates, norm.eps, settled)
 
     def norm(self, x: Float[Tensor, "B T D"], run: int) -> Float[Tensor, "B T D"]:
         """The normed tokens."""
+        if self.settled is not None and self.shifts is not None:
+            return torch.addcmul(self._at(self.shifts, run), F.rms_norm(x, x.shape[-1:], None, self.eps), self._at(self.weights, run))
         normed = F.rms_norm(x, x.shape[-1:], self.weights[run], self.eps)
         return normed if self.shifts is None else normed + self.shifts[run]
 
     def add(self, x: Float[Tensor, "B T D"], made: Float[Tensor, "B T D"], run: int) -> Float[Tensor, "B T D"]:
         """``x`` and what a layer ``made`` of it."""
-        return x + made if self.gates is None else torch.addcmul(x, made, self.gates[run])
+        return x + made if self.gates is None else torch.addcmul(x, made, self._at(self.gates, run))
+
+    def _at(self, each: tuple[Tensor, ...], run: int) -> Tensor:
+        """What holds in a run, token by token where some are settled."""
+        return each[run] if self.settled is None else torch.where(self.settled, each[-1], each[run])
 
 
 @dataclass(frozen=True)
@@ -146,7 +160,9 @@ class _Layer:
     part: DecoderLayer
 
 
-def _layer(decoder: Decoder, index: int, phase: Phase, alone: Phase, condition: Tensor | None, steps: int) -> _Layer:
+def _layer(
+    decoder: Decoder, index: int, phase: Phase, alone: Phase, condition: Tensor | None, steps: int, settled: Tensor | None
+) -> _Layer:
     part, crosses = decoder._layer(index), decoder.config.crosses(index)
     heads = {"q": decoder.space.heads} if crosses else {"q": decoder.space.heads, "k": decoder.space.kv_heads}
     dtype = next(part.attention_norm.parameters()).dtype
@@ -157,7 +173,7 @@ def _layer(decoder: Decoder, index: int, phase: Phase, alone: Phase, condition: 
     if decoder.config.qk_norm:  # x w turned is x (w cos) + rolled x (rolled w sin)
         scale = torch.cat([norm.weight.expand(number, -1) for norm, number in zip(norms, heads.values(), strict=True)])
         cos, sin, eps = cos * scale, sin * scale.roll(scale.shape[-1] // 2, -1), norms[0].eps
-    before, after = (_Steps.of(norm, condition, steps) for norm in (part.attention_norm, part.ffn_norm))
+    before, after = (_Steps.of(norm, condition, steps, settled) for norm in (part.attention_norm, part.ffn_norm))
     return _Layer(before, after, part.q if crosses else _qkv(part), (cos.to(dtype), sin.to(dtype)), sum(heads.values()), eps, part)
 
 

@@ -1,5 +1,6 @@
-"""State dicts of NVIDIA's Isaac GR00T N1.6 and N1.7 in our names (``gr00t/model/gr00t_n1d7/gr00t_n1d7.py``, ``gr00t_n1d6/gr00t_n1d6.py``,
-``modules/dit.py``, ``modules/nvidia/Eagle-Block2A-2B-v2/modeling_eagle3_vl.py``).
+"""State dicts of NVIDIA's Isaac GR00T N1.5, N1.6 and N1.7 in our names (``gr00t/model/gr00t_n1d7/gr00t_n1d7.py``,
+``gr00t_n1d6/gr00t_n1d6.py``, ``modules/dit.py``, ``modules/nvidia/Eagle-Block2A-2B-v2/modeling_eagle3_vl.py``; of N1.5
+``gr00t/model/gr00t_n1.py`` and what it imports).
 
 What differs beside names: 32 robots share one network and have an encoder and a decoder each, of which one robot's are kept;
 theirs multiply from the right; two linear layers in a row become one; cosines come before sines in their time features, and shift
@@ -42,17 +43,22 @@ VLMS = {
     "backbone.model.mlp1.0.": "model.multi_modal_projector.layer_norm.",
     "backbone.model.mlp1.1.": "model.multi_modal_projector.linear_1.",
     "backbone.model.mlp1.3.": "model.multi_modal_projector.linear_2.",
+    "backbone.eagle_model.vision_model.": "model.vision_tower.",
+    "backbone.eagle_model.language_model.model.": "model.language_model.",
+    "backbone.eagle_model.language_model.lm_head.": "lm_head.",
+    "backbone.eagle_model.mlp1.0.": "model.multi_modal_projector.linear.",
     "backbone.model.": "",
 }
-"""Beginnings of a VLM's names -> those of its transformers modules: Eagle's of N1.6, then Qwen3-VL's, which are kept."""
+"""Beginnings of a VLM's names -> those of its transformers modules: Eagle's of N1.6 and N1.5, then Qwen3-VL's, which are kept."""
 PATCHES = re.compile(r"backbone\.model\.mlp1\.(0\.(weight|bias)|1\.weight)")
 """Tensors whose last axis has the channels of four patches."""
-UNUSED = re.compile(r"action_head\.mask_token|backbone\.model\.vision_model\.vision_model\.head\..+")
+UNUSED = re.compile(r"action_head\.mask_token|backbone\.(eagle_)?model\.vision_model\.vision_model\.head\..+")
 """What an answer does not need: the place holder of dropped states, SigLIP's pooling."""
 
 
 def groot_weights(state: Mapping[str, Tensor], robot: int, chunk: int) -> dict[str, Tensor]:
-    """The state dict of ``Gr00tN1d7`` or ``Gr00tN1d6`` as that of ``Model`` for the spec ``groot_n17`` or ``groot_n16``.
+    """The state dict of ``Gr00tN1d7``, ``Gr00tN1d6`` or ``GR00T_N1_5`` as that of ``Model`` for the spec ``groot_n17``, ``groot_n16`` or
+    ``groot_n15``.
 
     Args:
         robot: index of the encoders and decoder that are kept; chunk: places of actions.
@@ -85,6 +91,8 @@ def groot_weights(state: Mapping[str, Tensor], robot: int, chunk: int) -> dict[s
             out[f"{'adapters.seen.0' if refined else 'mot.experts.act.adapter'}.{kind}"] = tensor
         elif module == "position_embedding":
             out["places.action"] = tensor[:chunk]
+        elif module == "future_tokens":
+            out["registers.registers"] = tensor
         elif module != "model.proj_out_2":
             raise KeyError(name)
     last, bias = (state[f"action_head.model.proj_out_2.{kind}"] for kind in ("weight", "bias"))

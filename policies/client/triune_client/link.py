@@ -12,10 +12,12 @@ import threading
 import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateFuture
+from contextlib import ExitStack
 from typing import Any
 
 from websockets import exceptions
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
+from websockets.sync.connection import Connection
 
 from .messages import PROTOCOL, Plan, ServerError, Welcome, read_plan, read_welcome, refusal
 from .wire import Limits, WireError, pack, unpack
@@ -62,7 +64,8 @@ class Link:
         self._waiting: dict[int, Future[Any]] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._socket = _connect(url, token, ca, wait, limits)
+        self._leave = ExitStack()
+        self._socket = _connect(self._leave, url, token, ca, wait, limits)
         _bound(self._socket.socket, stuck)
 
     def hello(self, contract: dict[str, Any] | None, wait: float) -> Welcome:
@@ -103,7 +106,7 @@ class Link:
 
     def close(self) -> None:
         self._fail(ConnectionError(f"the connection to {self.url} was closed here"))
-        self._socket.close()
+        self._leave.close()
 
     def _read(self) -> None:
         farewell: Exception | None = None
@@ -125,7 +128,7 @@ class Link:
             self._fail(farewell or ConnectionError(f"{self.url} ended the connection: {_why(closed)}"))
         except (WireError, OSError, TypeError) as error:
             self._fail(ConnectionError(f"{self.url} sent what cannot be read: {error}"))
-            self._socket.close()
+            self._leave.close()
 
     def _fail(self, error: Exception) -> None:
         with self._lock:
@@ -136,17 +139,21 @@ class Link:
             reply.set_exception(self.lost)
 
 
-def _connect(url: str, token: str | None, ca: str | None, wait: float, limits: Limits) -> ClientConnection:
+def _connect(leave: ExitStack, url: str, token: str | None, ca: str | None, wait: float, limits: Limits) -> Connection:
+    """A connection that ``leave`` ends: all versions of websockets know it as a context, 17.1 deprecates another way."""
     known = inspect.signature(connect).parameters
     options: dict[str, Any] = {"compression": None, "max_size": limits.frame, "open_timeout": wait, "close_timeout": 2.0}
     if token is not None:
         options["additional_headers"] = {"Authorization": f"Bearer {token}"}
     if url.startswith("wss:"):
-        options["ssl" if "ssl" in known else "ssl_context"] = ssl.create_default_context(cafile=ca)
+        try:
+            options["ssl" if "ssl" in known else "ssl_context"] = ssl.create_default_context(cafile=ca)
+        except OSError as error:
+            raise ValueError(f"{ca} is no file of certificates: {error.strerror or error}") from None
     if "proxy" in known:
         options["proxy"] = None  # a robot's control loop goes through none
     try:
-        return connect(url, **options)
+        return leave.enter_context(connect(url, **options))
     except exceptions.InvalidStatus as refused:
         status, body = refused.response.status_code, (refused.response.body or b"").decode("utf-8", "replace").strip()[:300]
         if status in (401, 403):

@@ -64,6 +64,7 @@ class Plan:
         events: what its guard changed or refused, kind -> count.
         value: the policy's own estimate of success, where it has one.
         foresight: what is expected to be seen, camera -> uint8 (H, W, 3), where it was asked for.
+        samples: float32 (N, C, A), all chunks that were drawn, where several were asked for; the server's guard keeps ``actions`` alone.
         round_trip: seconds between asking and this answer, measured here.
     """
 
@@ -75,6 +76,7 @@ class Plan:
     value: float | None = None
     foresight: dict[str, np.ndarray[Any, Any]] | None = None
     round_trip: float = 0.0
+    samples: np.ndarray[Any, Any] | None = None
 
 
 def refusal(message: Mapping[str, Any]) -> ServerError | None:
@@ -125,6 +127,7 @@ def read_plan(reply: Mapping[str, Any], round_trip: float) -> Plan:
             value=reply.get("value"),
             foresight=reply.get("foresight"),
             round_trip=round_trip,
+            samples=reply.get("samples"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConnectionError(f"the server's plan cannot be read: {error}") from None

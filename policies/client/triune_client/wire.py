@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Callable, Mapping
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import numpy as np
 
 NUMBERS = ("b1", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8")
@@ -225,12 +225,11 @@ def _scalar(entries: Mapping[Any, Any], bin_keys: bool, limits: Limits) -> objec
     fits: tuple[type, ...] = {"b": (bool,), "i": (int,), "u": (int,), "f": (float, int), "U": (str,)}[kind.kind]
     if type(value) not in fits:
         raise WireError(f"a {type(value).__name__} is not a scalar of {kind}")
-    if kind.kind in "iu":
-        span = np.iinfo(kind)
-        if not int(span.min) <= value <= int(span.max):
-            raise WireError(f"{value} is out of the range of {kind}")
-    with np.errstate(over="ignore"):  # what the type cannot hold is infinite, as numpy has it
-        return kind.type(value)
+    if kind.kind in "iu" and not int(np.iinfo(kind).min) <= value <= int(np.iinfo(kind).max):
+        raise WireError(f"{value} is out of the range of {kind}")
+    if kind.kind == "f" and math.isfinite(value) and abs(value) > float(np.finfo(kind).max):
+        raise WireError(f"{value} is out of the range of {kind}")
+    return kind.type(value)
 
 
 def _image(entries: Mapping[Any, Any], bin_keys: bool, limits: Limits) -> EncodedImage:
@@ -274,7 +273,8 @@ def decode_image(image: EncodedImage, limits: Limits = DEFAULT) -> np.ndarray[An
         with Image.open(BytesIO(image.data), formats=(image.format.upper(),)) as opened:
             if opened.size != (width, height):
                 raise WireError(f"the image is {opened.size[0]} x {opened.size[1]} pixels but its message says {width} x {height}")
-            return np.asarray(opened.convert(MODES[channels])).reshape(image.shape)
+            mode = MODES[channels]
+            return np.asarray(opened if opened.mode == mode else opened.convert(mode)).reshape(image.shape)
     except WireError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -67,15 +67,3 @@ def five_frames(dataset: Dataset, cameras: tuple[str, ...]) -> list[Observation]
     images = {camera: dataset.frames(camera, picks) for camera in cameras}
     states, words = dataset.vectors["observation.state"], dataset.task_of_frame
     return [Observation({c: images[c][i] for c in cameras}, states[frame], words[frame]) for i, frame in enumerate(picks)]
-
-
-def texts(batch: dict[str, Any], rows: int) -> list[str]:
-    """The instruction of each row.
-
-    Raises:
-        UserError: the batch has none.
-    """
-    said = batch.get("task")
-    if said is None:
-        raise UserError("the batch has no 'task'; a Triune policy acts on words, so give the task of each row")
-    return [said] * rows if isinstance(said, str) else list(said)

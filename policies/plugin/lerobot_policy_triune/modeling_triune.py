@@ -32,8 +32,9 @@ from triune.vla.inputs import Targets
 from triune.vla.spec import LatentHead
 from triune.vla.weights import anchor
 
-from .begin import adopted, fitted, five_frames, statistics, texts
+from .begin import adopted, fitted, five_frames, statistics
 from .configuration_triune import NETWORK, TriuneConfig, chunk, local_folder
+from .seen import observations
 
 
 class TriunePolicy(PreTrainedPolicy):
@@ -219,12 +220,12 @@ class TriunePolicy(PreTrainedPolicy):
         device = self._on_device()
         with torch.inference_mode(False):  # what the model keeps between calls must serve training too
             rate, executed = self.acting.contract.rate or 1.0, self.config.n_action_steps or 1
-            observations = self._observations(batch, 0, self._asked * executed / rate)
+            seen = self._observations(batch, 0, self._asked * executed / rate)
             self._asked += 1
-            for row in range(len(observations)):
+            for row in range(len(seen)):
                 if str(row) not in self.acting.sessions:
                     self.acting.reset(str(row), int(torch.randint(2**31, ())))
-            plans = self.acting.plan([Request(str(row), observation) for row, observation in enumerate(observations)])
+            plans = self.acting.plan([Request(str(row), observation) for row, observation in enumerate(seen)])
             return torch.from_numpy(np.stack([plan.chunk.actions for plan in plans])).to(device)
 
     def _on_device(self) -> torch.device:
@@ -234,14 +235,7 @@ class TriunePolicy(PreTrainedPolicy):
 
     def _observations(self, batch: dict[str, Any], frame: int, timestamp: float = 0.0) -> list[Observation]:
         """The rows of a batch at one of its frames."""
-        cameras = {camera_name(key): value for key, value in batch.items() if key.startswith("observation.image")}
-        seen = {name: pixels(cameras[name], frame) for name in self.acting.contract.camera_names if name in cameras}
-        state = batch["observation.state"]
-        state = (state[:, frame] if state.ndim == 3 else state).float().cpu().numpy()
-        return [
-            Observation({name: images[row] for name, images in seen.items()}, state[row], text, timestamp)
-            for row, text in enumerate(texts(batch, len(state)))
-        ]
+        return observations(self.acting.contract, batch, frame, timestamp)
 
     # saving ---------------------------------------------------------------------------------------------------------
 
@@ -281,11 +275,3 @@ def features(contract: Contract, settings: Settings, keys: dict[str, str]) -> di
         size = (camera.height or (fitted.height if fitted else 0), camera.width or (fitted.width if fitted else 0))
         out[keys.get(camera.name, f"observation.images.{camera.name}")] = PolicyFeature(FeatureType.VISUAL, (3, *size))
     return out | {"observation.state": PolicyFeature(FeatureType.STATE, (contract.state.size,))}
-
-
-def pixels(images: Tensor, frame: int) -> np.ndarray:
-    """lerobot's images (B[, T], 3, Y, X), uint8 or from 0 to 1, at one frame: uint8 (B, Y, X, 3)."""
-    images = images[:, frame] if images.ndim == 5 else images
-    if images.dtype != torch.uint8:
-        images = (images * 255).round().clamp(0, 255).to(torch.uint8)
-    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()

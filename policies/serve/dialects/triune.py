@@ -4,7 +4,7 @@ Several requests may be under way on one connection; an answer carries the ``id`
 
     hello {protocol, client, contract?}                                 -> welcome {contract, limits, realtime, ...}
     reset {session, seed?}, end {session}                               -> ready
-    infer {session, observation, prefix?, delay?, deadline?, foresight?} -> plan {actions, rate, time, timing, events, ...}
+    infer {session, observation, prefix?, delay?, samples?, deadline?, foresight?} -> plan {actions, rate, time, timing, events, ...}
 
 and ``error {id, code, message}`` instead of any of the answers.
 """
@@ -29,8 +29,8 @@ LONGEST = 100
 """Characters of a session's name."""
 SESSIONS = 64
 """Sessions of one connection."""
-MOST = 1000
-"""Steps of delay, and samples."""
+SAMPLES = 16
+"""Chunks of one request."""
 
 
 async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
@@ -135,29 +135,30 @@ async def _request(message: dict[str, Any], session: str, contract: Contract, li
         raise Refusal("bad_request", "an infer message has an observation: images by camera, state, instruction, timestamp")
     images = await line.pixels(seen["images"])
     try:
-        instruction = seen.get("instruction", "")
-        if not isinstance(instruction, str):
-            raise Refusal("bad_request", "the instruction must be a text")
-        observation = Observation(images, _array(seen.get("state"), "state"), instruction, _number(seen, "timestamp", 0.0) or 0.0)
+        words = {key: seen[key] for key in ("instruction", "embodiment", "subtask") if seen.get(key) is not None}
+        if not all(isinstance(said, str) for said in words.values()):
+            raise Refusal("bad_request", f"{', '.join(words)} must be texts")
+        state, stamp = _array(seen.get("state"), "state"), _number(seen, "timestamp", 0.0)
+        observation = Observation(images=images, state=state, timestamp=stamp or 0.0, **({"instruction": ""} | words))
         prefix = message.get("prefix")
         chunk = None if prefix is None else ActionChunk(_array(prefix, "prefix"), contract.rate or 0.0, observation.timestamp)
     except UserError as error:
         raise Refusal("bad_request", public(str(error))) from None
     delay, samples = message.get("delay", 0), message.get("samples", 1)
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MOST for n in (delay, samples)) or samples < 1:
-        raise Refusal("bad_request", f"delay and samples are whole numbers of steps and chunks, at most {MOST}, samples at least 1")
+    for what, number, least, most in (("delay", delay, 0, 1000), ("samples", samples, 1, SAMPLES)):
+        if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= most:
+            raise Refusal("bad_request", f"{what} must be a whole number from {least} to {most}")
     return Request(session, observation, chunk, delay, samples), 1e3 * (time.perf_counter() - began)
 
 
 def _array(value: Any, what: str) -> np.ndarray:
-    try:
-        array = np.asarray(value)
-    except ValueError:  # rows of different lengths
-        array = np.asarray(None)
-    if not isinstance(value, np.ndarray | list) or array.dtype.kind not in "iuf":
+    if isinstance(value, list):
+        numbers = all(isinstance(number, int | float) for number in value)
+        value = np.array(value, np.float64) if numbers else None
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
         raise Refusal("bad_request", f"{what} must be an array of numbers")
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as such
-        return array.astype(np.float32, copy=False)
+        return value.astype(np.float32, copy=False)
 
 
 def _number(tree: dict[str, Any], key: str, default: float | None, least: float = -math.inf) -> float | None:
@@ -176,6 +177,7 @@ async def _plan(asked: Any, timing: dict[str, float]) -> dict[str, Any]:
     reply: Reply = await asked
     out = {"type": "plan", "actions": reply.actions, "rate": reply.rate, "time": reply.time, "timing": timing | reply.timing}
     out |= {"value": reply.value, "events": reply.events}
+    out |= {} if reply.samples is None else {"samples": reply.samples}
     return out | ({"foresight": reply.foresight} if reply.foresight else {})
 
 

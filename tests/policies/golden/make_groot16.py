@@ -38,6 +38,15 @@ KINDS: dict[str, dict[str, Any]] = {
         }
     },
     "new_embodiment": KINDS17["new_embodiment"] | {"processor": EDGE | {"use_relative_action": True, "shortest_image_edge": 84}},
+    "gr1": {
+        "state": {"arm": 3, "waist": 2, "hand": 2},
+        "action": {"arm": 3, "hand": 2},
+        "relative": (),
+        "turned": ["arm"],
+        "by_deviation": ["hand"],
+        "chunk": 8,
+        "processor": EDGE | {"use_percentiles": True, "apply_sincos_state_encoding": True, "shortest_image_edge": 84},
+    },
     "robocasa_panda_omron": KINDS17["oxe_droid_relative_eef_relative_joint"]
     | {"processor": EDGE | {"use_percentiles": True, "use_relative_action": True, "shortest_image_edge": SIDE}},
 }
@@ -148,7 +157,12 @@ def processor(tag: str) -> Any:
     rep = [{"rep": "RELATIVE" if key in kind["relative"] else "ABSOLUTE"} | meant.get(key, plain) for key in kind["action"]]
     parts = {
         "video": ModalityConfig(delta_indices=[0], modality_keys=list(CAMERAS)),
-        "state": ModalityConfig(delta_indices=[0], modality_keys=list(kind["state"])),
+        "state": ModalityConfig(
+            delta_indices=[0],
+            modality_keys=list(kind["state"]),
+            sin_cos_embedding_keys=kind.get("turned"),
+            mean_std_embedding_keys=kind.get("by_deviation"),
+        ),
         "action": ModalityConfig(delta_indices=list(range(kind["chunk"])), modality_keys=list(kind["action"]), action_configs=rep),
         "language": ModalityConfig(delta_indices=[0], modality_keys=["annotation.human.task_description"]),
     }

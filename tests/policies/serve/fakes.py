@@ -17,7 +17,8 @@ CHUNK, ACTION, STATE = 50, 32, 8
 class Fake(Policy):
     """Its actions are a function of (seed, step of the session, state, pictures).
 
-    The instruction ``sleep S`` takes S seconds, ``raise`` is a defect, ``mistake`` a user's mistake, ``die`` ends the process by SIGKILL.
+    The instruction ``sleep S`` takes S seconds, ``raise`` is a defect, ``mistake`` a user's mistake, ``die`` ends the process by SIGKILL,
+    and ``nan`` answers with a number that is not finite in the first step.
     """
 
     def __init__(self, seconds: float = 0.0, load: float = 0.0, size: int = 224, refuse: str = "") -> None:
@@ -59,6 +60,8 @@ class Fake(Policy):
         session = self.sessions[request.session]
         actions = expected(session[0], session[1], seen.state, seen.images)
         session[1] += 1
+        if word == "nan":
+            actions[0, 3] = np.nan
         drawn = {name: 255 - image for name, image in seen.images.items()}
         timing = {"model": 1e3 * self.seconds, "asked": float(batch), "sessions": float(len(self.sessions))}
         return Plan(ActionChunk(actions, 50.0, seen.timestamp), lambda: drawn, value=0.5, timing=timing)

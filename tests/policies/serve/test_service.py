@@ -193,3 +193,46 @@ def test_a_request_before_reset_and_one_too_many_are_refused() -> None:
 def test_a_policy_that_cannot_be_loaded_says_why() -> None:
     with pytest.raises(UserError, match="there is no such checkpoint"):
         with_service(lambda service: asyncio.sleep(0), refuse="there is no such checkpoint")
+
+
+LIMITS = {"dimensions": [{"name": f"a{i}", "mode": "absolute", "min": -0.5, "max": 0.5} for i in range(32)], "source": "a test"}
+
+
+def test_chunks_are_kept_inside_the_limits_and_events_are_counted() -> None:
+    async def work(service: Service) -> None:
+        service.given = LIMITS
+        service.limits = service._limits()
+        await service.reset("a", 0)
+        request = asking("a")
+        reply = await service.plan(request)
+        wanted = expected(0, 0, request.observation.state, request.observation.images)
+        np.testing.assert_array_equal(reply.actions, wanted.clip(-0.5, 0.5))
+        assert reply.events == {f"position a{i}": n for i in range(32) if (n := int((np.abs(wanted[:, i]) > 0.5).sum()))}
+
+    with_service(work, size=32)
+
+
+def test_numbers_that_are_not_finite_are_refused_or_held() -> None:
+    async def work(service: Service) -> None:
+        await service.reset("a", 0)
+        with pytest.raises(Refusal, match="not finite in a3"):
+            await service.plan(asking("a", instruction="nan"))
+        service.given = LIMITS
+        service.limits = service._limits()
+        await service.reset("a", 0)
+        first = await service.plan(asking("a"))
+        held = await service.plan(asking("a", instruction="nan"))
+        assert held.events["nan a3"] == 1
+        assert np.isfinite(held.actions).all()
+        np.testing.assert_array_equal(held.actions[0], first.actions[24])  # where the robot was left, 25 steps being executed
+
+    with_service(work, size=32)
+
+
+def test_limits_of_another_robot_are_refused() -> None:
+    async def work() -> None:
+        service = Service(Source("fakes:Fake", {"size": 32}), limits={"dimensions": [{"name": "x"}], "source": "robot arm"})
+        with pytest.raises(UserError, match=r"robot arm.*of 1 actions"):
+            await service.start()
+
+    asyncio.run(work())

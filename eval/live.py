@@ -1,0 +1,183 @@
+"""``vla client``: a body driven by a policy behind a server, on the wall clock, and what came of it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from triune_client import ActionLimits, Client, Guard, ServerError, Watchdog
+from triune_client.realtime import Clock, Monotonic, Realtime, paced
+
+from ..data import Observation
+from ..errors import UserError
+from .bodies import Body
+from .statistics import smoothness, wilson
+
+Mode = Literal["sync", "async", "rtc", "ensemble"]
+
+
+@dataclass
+class Drive:
+    """One episode.
+
+    Attributes:
+        success: ``None`` where the body does not know.
+        seconds: how long it took; ticks, executed: turns of the control loop, and those in which an action was sent.
+        stalls: ticks in which the robot had to hold although it had begun; late: ticks that began more than half a period after their time.
+        held: why it held -> ticks. events: of the executor and of the guard -> how often.
+        reaction_ms, delay_ms, jitter_ms: p50, p95, p99 of the time from an observation to the first action computed from it, from a
+            question to its answer's effect, and of how late ticks began.
+        smoothness: mean squared third difference of what was sent; see ``statistics.smoothness``.
+        facts: what else the body says.
+    """
+
+    seed: int
+    success: bool | None = None
+    seconds: float = 0.0
+    ticks: int = 0
+    executed: int = 0
+    stalls: int = 0
+    late: int = 0
+    held: dict[str, int] = field(default_factory=dict)
+    events: dict[str, int] = field(default_factory=dict)
+    reaction_ms: dict[str, float] = field(default_factory=dict)
+    delay_ms: dict[str, float] = field(default_factory=dict)
+    jitter_ms: dict[str, float] = field(default_factory=dict)
+    smoothness: float | None = None
+    problem: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How a body is driven.
+
+    Attributes:
+        mode: ``sync`` waits for each answer, in which a simulator stands still; the others never do. See ``triune_client.realtime``.
+        executed: actions of a chunk between two questions; in ``sync`` the policy's own unless given, else as soon as an answer is there.
+        seconds: after which an episode that did not end by itself is ended.
+        rate: control rate in Hz, where it is not the body's.
+        guarded: whether actions are kept inside the server's limits here too, where they leave for the robot.
+        starved: seconds without an observation after which the robot holds.
+    """
+
+    mode: Mode = "rtc"
+    executed: int | None = None
+    seconds: float = 60.0
+    rate: float | None = None
+    guarded: bool = True
+    starved: float = 1.0
+
+
+def drive(
+    body: Body,
+    client: Client,
+    loop: Loop,
+    seeds: Iterator[int] | range,
+    clock: Clock | None = None,
+    told: Callable[[Drive], None] | None = None,
+) -> list[Drive]:
+    """Drive ``body`` for one episode per seed.
+
+    Args:
+        told: called after each episode.
+
+    Raises:
+        UserError: the body's control rate is not the policy's, or the server refuses.
+    """
+    welcome, rate = client.welcome, loop.rate or body.rate
+    if welcome.rate and welcome.rate != rate:
+        raise UserError(
+            f"the policy answers for {welcome.rate:g} Hz and {body.name} is driven at {rate:g} Hz: actions would be too fast or too slow; "
+            f"drive it at {welcome.rate:g} Hz (--rate), or serve a policy of {rate:g} Hz"
+        )
+    guard = Guard(ActionLimits.from_dict(welcome.limits), rate) if loop.guarded and welcome.limits is not None else None
+    horizon = loop.executed or (welcome.executed if loop.mode == "sync" else None)
+    robot = Realtime(
+        lambda seen, prefix, delay: client.infer(_words(seen["observation"]), prefix=prefix, delay=delay),
+        rate,
+        mode=loop.mode,
+        horizon=horizon,
+        longest=None if welcome.guided else welcome.prefix,
+        guard=guard,
+        watchdog=Watchdog(loop.starved),
+        clock=clock,
+    )
+    drives = []
+    for seed in seeds:
+        drives.append(_episode(body, client, robot, loop, rate, seed, clock or Monotonic()))
+        if told is not None:
+            told(drives[-1])
+    return drives
+
+
+def _episode(body: Body, client: Client, robot: Realtime, loop: Loop, rate: float, seed: int, clock: Clock) -> Drive:
+    try:
+        client.reset(seed=seed)
+    except ServerError as error:
+        raise UserError(str(error)) from None
+    body.begin(seed)
+    robot.reset()
+    before = dict(robot.guard.totals) if robot.guard is not None else {}
+    sent: list[np.ndarray] = []
+    lateness: list[float] = []
+    begun = due = clock.now()
+    for now in paced(rate, clock):
+        if body.over or now - begun > loop.seconds:
+            break
+        lateness.append(now - due)
+        due = max(due, now - 1 / rate) + 1 / rate
+        seen = body.look()
+        action = robot.tick({"observation": seen, "state": seen.state}, now)
+        if robot.why is None:
+            assert action is not None, "without a reason to hold there is an action"
+            body.act(action)
+            sent.append(action)
+        elif not (body.waits and (robot.why == "first" or loop.mode == "sync")):
+            body.hold(action)
+    counted, guarded = robot.statistics, robot.guard.totals if robot.guard is not None else {}
+    events = {f"guard {kind}": count - before.get(kind, 0) for kind, count in guarded.items() if count > before.get(kind, 0)}
+    return Drive(
+        seed=seed,
+        success=body.success,
+        seconds=round(clock.now() - begun, 3),
+        ticks=counted.ticks,
+        executed=counted.executed,
+        stalls=counted.stalls,
+        late=sum(late > 0.5 / rate for late in lateness),
+        held=dict(counted.held),
+        events=dict(counted.events) | events,
+        reaction_ms=_quantiles([1e3 * s for s in counted.reactions]),
+        delay_ms=_quantiles([1e3 * steps / rate for steps in counted.delays]),
+        jitter_ms=_quantiles([1e3 * s for s in lateness]),
+        smoothness=smoothness(np.stack(sent), body.contract.action.names) if sent else None,
+        problem=robot.problem or None,
+        facts=body.facts(),
+    )
+
+
+def summary(body: Body, client: Client, loop: Loop, drives: list[Drive]) -> dict[str, Any]:
+    """All episodes together: JSON for machines."""
+    judged = [d.success for d in drives if d.success is not None]
+    ticks = sum(d.ticks for d in drives)
+    total: dict[str, Any] = {
+        "episodes": len(drives),
+        "ticks": ticks,
+        "stalls": sum(d.stalls for d in drives),
+        "late": sum(d.late for d in drives),
+        "stalled_share": sum(d.stalls for d in drives) / ticks if ticks else None,
+    }
+    if judged:
+        total |= {"successes": sum(judged), "rate": sum(judged) / len(judged), "ci95": list(wilson(sum(judged), len(judged)))}
+    welcome = client.welcome
+    server = {"url": client.url, "server": welcome.server, "policy": welcome.policy}
+    return {"body": body.name, **server, **asdict(loop), "total": total, "episodes": [asdict(d) for d in drives]}
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    return {f"p{q}": round(float(np.percentile(values, q)), 2) for q in (50, 95, 99)} if values else {}
+
+
+def _words(seen: Observation) -> dict[str, Any]:
+    """An observation as the wire has it."""
+    return {"images": seen.images, "state": seen.state, "instruction": seen.instruction, "timestamp": seen.timestamp}
