@@ -12,6 +12,9 @@ def serve(
     config: Annotated[str | None, typer.Option(help="A name in configs/serve, or a path to a YAML file.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; other than loopback needs a token.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
+    harness_port: Annotated[int | None, typer.Option(help="Port for vla-evaluation-harness, which has no path.")] = None,
+    groot_port: Annotated[int | None, typer.Option(help="Port for clients of GR00T (ZeroMQ).")] = None,
+    allow_plain_zmq: Annotated[bool, typer.Option("--allow-plain-zmq", help="Speak ZeroMQ unencrypted to other machines.")] = False,
     token_file: Annotated[Path | None, typer.Option(help="File whose first line is the secret that clients send.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
@@ -29,7 +32,8 @@ def serve(
     except ImportError as error:
         raise UserError(f"serving needs packages that are not here ({error}): pip install 'triune-vla[serve]'") from None
 
-    given = {"host": host, "port": port, "token_file": token_file, "tls_cert": tls_cert, "tls_key": tls_key}
+    ports = {"port": port, "harness_port": harness_port, "groot_port": groot_port, "allow_plain_zmq": allow_plain_zmq or None}
+    given = {"host": host, **ports, "token_file": token_file, "tls_cert": tls_cert, "tls_key": tls_key}
     flags = [f"{key}={value}" for key, value in given.items() if value is not None]
     tree = load_tree(find(config or "local", "serve"), [*(overrides or []), *flags])
     settings = parse(Serve, tree, config or "vla serve")

@@ -5,6 +5,7 @@ from typing import Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from ...config import Strict
+from .keys import Keys
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -15,6 +16,9 @@ class Serve(Strict):
     Attributes:
         host: address to listen on. Any but loopback needs ``token_file``.
         port: of the websocket and of /healthz, /readyz, /metrics; 0 takes a free one.
+        harness_port: of vla-evaluation-harness, which has no path; it is at /harness of ``port`` too.
+        groot_port: of GR00T's ZeroMQ. That is never encrypted, so with a ``host`` that others reach it needs ``allow_plain_zmq``.
+        keys: what clients of other protocols than ours call cameras, state and instruction.
         token_file: a file whose first line is the secret that clients send (``Authorization: Bearer <token>``).
         tls_cert, tls_key: PEM files; with them only ``wss://`` is spoken.
         origins: web pages (``https://lab.example``) that may connect from a browser; others may not, whatever they know.
@@ -35,6 +39,10 @@ class Serve(Strict):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    harness_port: int | None = Field(default=None, ge=0, le=65535)
+    groot_port: int | None = Field(default=None, ge=0, le=65535)
+    allow_plain_zmq: bool = False
+    keys: Keys = Keys()
     token_file: str | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
@@ -62,6 +70,11 @@ class Serve(Strict):
             raise ValueError(
                 f"host {self.host} can be reached from other machines, which needs a token: put a secret into a file, "
                 "name it in token_file, and give it to your clients; or listen on 127.0.0.1"
+            )
+        if self.groot_port is not None and self.host not in LOOPBACK and not self.allow_plain_zmq:
+            raise ValueError(
+                f"groot_port speaks without encryption, and host {self.host} can be reached from other machines, who would read the token: "
+                "listen on 127.0.0.1, or say allow_plain_zmq=true where you trust the network"
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("TLS needs both tls_cert and tls_key")

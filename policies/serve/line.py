@@ -1,19 +1,18 @@
-"""One websocket connection as a dialect sees it, and what it may cost."""
+"""One connection as a dialect sees it, and what it may cost."""
 
 import asyncio
-import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-from triune_client.wire import EncodedImage, Limits, WireError, decode_image, pack, unpack
+from triune_client.wire import Limits, WireError, pack, unpack
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosedOK
 from websockets.frames import Frame, Opcode
 
-from .security import Rate, Room
+from .keys import Keys
+from .security import Rate, Room, Token
 from .service import Refusal
 
 FRAGMENTS = 4096
@@ -23,11 +22,11 @@ PINGS = 8
 
 
 class Bounded(ServerConnection):
-    """A connection that takes its place in ``room``, and is cut when what was sent to it is not read.
+    """A connection that takes its place in ``room``, and ends when its client neither reads nor ends the message that it began.
 
     Args:
         room: where there is none the connection ends at once.
-        silence: seconds that bytes may wait for the client to read.
+        silence: seconds that bytes may wait for the client to read, and a message for its end.
     """
 
     def __init__(self, *args: Any, room: Room, silence: float, **settings: Any) -> None:
@@ -41,6 +40,29 @@ class Bounded(ServerConnection):
     def address(self) -> str:
         """Where the client is, without its port."""
         return self._address
+
+    async def __aiter__(self) -> AsyncIterator[bytes | str]:
+        """Messages as they come, until the other side closes, or begins one that does not end."""
+        try:
+            while True:
+                yield await self._message()
+        except ConnectionClosedOK:
+            return
+        except TimeoutError:
+            await self.close(1008, f"a message did not end within {self.silence:g} s")
+        except _Shredded:
+            await self.close(1008, f"a message came in more than {FRAGMENTS} parts")
+
+    async def _message(self) -> bytes | str:
+        parts: list[Any] = []
+        async with asyncio.timeout(None) as limit:
+            async for part in self.recv_streaming():
+                if not parts:
+                    limit.reschedule(self.loop.time() + self.silence)
+                parts.append(part)
+                if len(parts) > FRAGMENTS:
+                    raise _Shredded
+        return parts[0] if len(parts) == 1 else type(parts[0])().join(parts)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -75,6 +97,14 @@ class Bounded(ServerConnection):
                 self.transport.abort()
 
 
+class Connection(Protocol):
+    """What carries frames: a connection of ``websockets``, or a ``zmtp.Peer``."""
+
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+
+    async def send(self, message: Any, /) -> None: ...
+
+
 @dataclass
 class Line:
     """Frames in and out.
@@ -82,47 +112,34 @@ class Line:
     Attributes:
         name: of the connection, unique while the server runs; names of sessions begin with it.
         seed: of the first session that it begins without one.
+        token: for protocols that have it in their messages.
+        keys: names that clients of other protocols have for cameras, state and instruction.
         in_flight: requests that it may have under way.
         deadline: seconds for requests that bring none.
-        silence: seconds within which a message that began must end.
     """
 
-    connection: ServerConnection
+    connection: Connection
     name: str
     address: str
     seed: int
     limits: Limits
     rate: Rate
+    token: Token
+    keys: Keys
     in_flight: int = 16
     deadline: float | None = None
-    silence: float = 20.0
     decoded: float = 0.0
 
     async def frames(self) -> AsyncIterator[bytes | str]:
-        """Messages as they come, until the other side closes, or begins one that does not end."""
-        try:
-            while True:
-                yield await self._frame()
-        except ConnectionClosedOK:
-            return
-        except TimeoutError:
-            await self.connection.close(1008, f"a message did not end within {self.silence:g} s")
-        except _Shredded:
-            await self.connection.close(1008, f"a message came in more than {FRAGMENTS} parts")
+        """Frames as they come, until the other side closes."""
+        async for frame in self.connection:
+            yield frame
 
-    async def _frame(self) -> bytes | str:
-        parts: list[Any] = []
-        async with asyncio.timeout(None) as limit:
-            async for part in self.connection.recv_streaming():
-                if not parts:
-                    limit.reschedule(asyncio.get_running_loop().time() + self.silence)
-                parts.append(part)
-                if len(parts) > FRAGMENTS:
-                    raise _Shredded
-        return parts[0] if len(parts) == 1 else type(parts[0])().join(parts)
-
-    def decode(self, frame: bytes | str) -> Any:
+    def decode(self, frame: bytes | str, also: Callable[[dict[Any, Any]], object] | None = None) -> Any:
         """The message in a frame; ``decoded`` is how many milliseconds that took.
+
+        Args:
+            also: another codec's words, see ``triune_client.wire.unpack``.
 
         Raises:
             Refusal: too many requests, text, or no message within the limits.
@@ -133,32 +150,11 @@ class Line:
             raise Refusal("bad_request", "this server takes binary frames of msgpack, and a text frame came")
         began = time.perf_counter()
         try:
-            message = unpack(frame, self.limits)
+            message = unpack(frame, self.limits, also)
         except WireError as error:
             raise Refusal("bad_request", str(error)) from None
         self.decoded = 1e3 * (time.perf_counter() - began)
         return message
-
-    async def pixels(self, images: dict[Any, Any]) -> dict[str, np.ndarray]:
-        """Pictures by camera, decoded where they came encoded. What they will take is known before any is decoded.
-
-        Raises:
-            Refusal: they are larger together than a frame may be, or something else than pictures.
-        """
-        size = sum(math.prod(image.shape) for image in images.values() if isinstance(image, EncodedImage))
-        if size > self.limits.frame:
-            raise Refusal("too_large", f"the pictures have {size} bytes when decoded, over the limit of {self.limits.frame}")
-        pictures: dict[str, np.ndarray] = {}
-        for camera, image in images.items():
-            if isinstance(image, EncodedImage):
-                try:
-                    image = await asyncio.to_thread(decode_image, image, self.limits)
-                except WireError as error:
-                    raise Refusal("bad_request", str(error)) from None
-            if not isinstance(camera, str) or not isinstance(image, np.ndarray):
-                raise Refusal("bad_request", "images are a map from the name of a camera to its picture")
-            pictures[camera] = image
-        return pictures
 
     async def send(self, message: Any) -> None:
         """Send one message."""

@@ -1,9 +1,11 @@
 """Who may speak, how many, how fast, and over what: token, browsers, room, rate, TLS. ``SECURITY.md`` has the threat model."""
 
+import base64
 import hashlib
 import hmac
 import logging
 import re
+import socket
 import ssl
 import stat
 import time
@@ -58,9 +60,15 @@ class Token:
         return self._digest is None or hmac.compare_digest(self._digest, _digest(given or ""))
 
     def admits_header(self, authorization: str | None) -> bool:
-        """The same for a header ``Authorization: Bearer <token>``, or openpi's ``Api-Key <token>``."""
-        kind, _, given = (authorization or "").partition(" ")
-        return self.admits(given.strip() if kind.lower() in ("bearer", "api-key") else None)
+        """The same for a header ``Authorization: Bearer <token>``, openpi's ``Api-Key <token>``, or the password of ``Basic``, which
+        clients send that have nothing but an address: ``ws://any:<token>@host``."""
+        kind, _, given = (authorization or "").strip().partition(" ")
+        if kind.lower() == "basic":
+            try:
+                given = base64.b64decode(given.strip(), validate=True).decode().partition(":")[2]
+            except ValueError:
+                return self.admits(None)
+        return self.admits(given.strip() if kind.lower() in ("bearer", "api-key", "basic") else None)
 
 
 def _digest(secret: str) -> bytes:
@@ -132,6 +140,14 @@ class Rate:
         if len(self._held) > self.addresses:
             self._held.popitem(last=False)
         return held >= 1
+
+
+def watch_for_death(client: socket.socket, silence: float) -> None:
+    """Let TCP ask whether a silent client's machine is still there, where a protocol has no pings."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", silence), ("TCP_KEEPINTVL", silence / 2), ("TCP_KEEPCNT", 2)):
+        if hasattr(socket, option):
+            client.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), max(1, round(value)))
 
 
 def tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:

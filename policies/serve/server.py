@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import http
 import itertools
 import json
@@ -10,6 +9,7 @@ import logging
 import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 from triune_client.wire import Limits
@@ -24,17 +24,20 @@ from ... import __version__
 from ...data.robot import load_robot
 from ...errors import UserError
 from .config import LOOPBACK, Serve
-from .dialects import triune
-from .line import Bounded, Line
+from .dialects import groot, harness, openpi, triune
+from .line import Bounded, Connection, Line
 from .process import Source
-from .security import Rate, Room, Token, from_a_page, names_this_machine, tls, worth_logging
+from .security import Rate, Room, Token, from_a_page, names_this_machine, tls, watch_for_death, worth_logging
 from .service import Service
+from .zmtp import Broken, Peer
 
 logger = logging.getLogger(__name__)
 
 Dialect = Callable[[Line, Service, dict[str, Any]], Awaitable[None]]
-DIALECTS: Mapping[str, Dialect] = {"/v1": triune.speak}
+DIALECTS: Mapping[str, Dialect] = {"/v1": triune.speak, "/": openpi.speak, "/harness": harness.speak}
 """Path -> the protocol that is spoken there."""
+HARNESS: Mapping[str, Dialect] = {"/": harness.speak}
+"""The same of the harness's own port."""
 HANDSHAKES = 32
 """Sockets beyond the connections that may be open: of clients that are not let in yet, and of operators."""
 
@@ -61,11 +64,16 @@ class Server:
             "/healthz": lambda: (200, "text/plain", b"OK\n"),
             "/readyz": self._readyz,
             "/health": lambda: (200, "application/json", json.dumps({"status": "ok"}).encode()),
+            "/config": lambda: (200, "application/json", harness.config(config.batch, config.window_ms)),
         }
         self.draining = False
         self._numbers = itertools.count()
-        self._lines: set[asyncio.Task[Any]] = set()
-        self._socket: Socket | None = None
+        self._sockets: dict[str, Socket | asyncio.Server] = {}
+        self._peers: dict[Peer, asyncio.Task[None]] = {}
+
+    def port_of(self, name: str) -> int:
+        """The port that was taken for ``port``, ``harness_port`` or ``groot_port``."""
+        return int(next(iter(self._sockets[name].sockets)).getsockname()[1])
 
     @classmethod
     def of(cls, config: Serve, source: Source, name: str) -> "Server":
@@ -94,9 +102,8 @@ class Server:
 
     @property
     def port(self) -> int:
-        """The port that was taken."""
-        assert self._socket is not None, "the server has not started"
-        return int(next(iter(self._socket.sockets)).getsockname()[1])
+        """The port that was taken for websockets."""
+        return self.port_of("port")
 
     @property
     def url(self) -> str:
@@ -119,39 +126,55 @@ class Server:
         }
 
     async def start(self) -> None:
-        """Load and warm the policy, then open the port.
+        """Load and warm the policy, then open the ports.
 
         Raises:
-            UserError: the policy cannot be loaded, or the port is taken.
+            UserError: the policy cannot be loaded, the config's keys are not its own, or a port is taken.
         """
         await self.service.start()
-        config = self.config
-        if config.host not in LOOPBACK and self.ssl is None:
+        if self.config.host not in LOOPBACK and self.ssl is None:
             logger.warning("the token and all pictures cross the network readable by others: give tls_cert and tls_key")
+        try:
+            self.config.keys.check(self.service.contract)
+            await self._listen("port", lambda port: self._websocket(port, DIALECTS))
+            await self._listen("harness_port", lambda port: self._websocket(port, HARNESS))
+            await self._listen("groot_port", lambda port: asyncio.start_server(self._peer, self.config.host, port, limit=2**20))
+        except UserError:
+            await self.stop()
+            raise
+
+    async def _listen(self, name: str, opened: Callable[[int], Awaitable[Socket | asyncio.Server]]) -> None:
+        """Open one of the config's ports, if it has a number."""
+        port = getattr(self.config, name)
+        if port is None:
+            return
+        try:
+            self._sockets[name] = await opened(port)
+        except OSError as error:
+            raise UserError(f"cannot listen on {self.config.host}:{port} ({error.strerror}); choose another {name}=") from None
+
+    def _websocket(self, port: int, dialects: Mapping[str, Dialect]) -> Awaitable[Socket]:
+        silence = self.config.silence
         sockets = logging.getLogger(f"{__name__}.sockets")
         sockets.addFilter(worth_logging)
-        try:
-            self._socket = await serve(
-                self._serve,
-                self.config.host,
-                self.config.port,
-                ssl=self.ssl,
-                process_request=self._enter,
-                compression=None,
-                max_size=self.limits.frame,
-                max_queue=(2, 0),
-                open_timeout=config.silence,
-                close_timeout=3,
-                ping_interval=config.silence,
-                ping_timeout=config.silence,
-                server_header=None,
-                logger=sockets,
-                create_connection=functools.partial(Bounded, room=self.room, silence=config.silence),  # type: ignore[arg-type]
-                **({} if self.ssl is None else {"ssl_handshake_timeout": config.silence, "ssl_shutdown_timeout": 3}),
-            )
-        except OSError as error:
-            await self.service.stop()
-            raise UserError(f"cannot listen on {self.config.host}:{self.config.port} ({error.strerror}); choose another port=") from None
+        return serve(
+            partial(self._serve, dialects),
+            self.config.host,
+            port,
+            ssl=self.ssl,
+            process_request=partial(self._enter, dialects),
+            compression=None,
+            max_size=self.limits.frame,
+            max_queue=(2, 0),
+            open_timeout=silence,
+            close_timeout=3,
+            ping_interval=silence,
+            ping_timeout=silence,
+            server_header=None,
+            logger=sockets,
+            create_connection=partial(Bounded, room=self.room, silence=silence),  # type: ignore[arg-type]
+            **({} if self.ssl is None else {"ssl_handshake_timeout": silence, "ssl_shutdown_timeout": 3}),
+        )
 
     async def run(self) -> None:
         """Serve until the process is told to end; requests in flight are answered first.
@@ -172,19 +195,33 @@ class Server:
     async def stop(self) -> None:
         """Take no more connections and requests, answer those in flight, close."""
         self.draining = True
-        if self._socket is not None:
-            self._socket.close(close_connections=False)
+        websockets = [socket for socket in self._sockets.values() if isinstance(socket, Socket)]
+        for socket in self._sockets.values():
+            socket.close(close_connections=False) if isinstance(socket, Socket) else socket.close()
         await self.service.drain(self.config.drain)
-        if self._socket is not None:
-            await asyncio.gather(*(connection.close(1001, "the server is stopping") for connection in self._socket.connections))
-            await self._socket.wait_closed()
+        connections = [connection for socket in websockets for connection in socket.connections]
+        await asyncio.gather(*(connection.close(1001, "the server is stopping") for connection in connections))
+        await self._part()
+        for socket in self._sockets.values():
+            await socket.wait_closed()
         await self.service.stop()
+
+    async def _part(self) -> None:
+        """Close the connections of GR00T's clients; those that do not fetch their last answer lose it."""
+        tasks = set(self._peers.values())
+        for peer in self._peers:
+            peer.close()
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
+            for peer in self._peers:
+                peer.abort()
+            await asyncio.wait(tasks)
 
     def _readyz(self) -> tuple[int, str, bytes]:
         ready = self.service.ready and not self.draining
         return (200, "text/plain", b"ready\n") if ready else (503, "text/plain", b"not ready\n")
 
-    async def _enter(self, connection: ServerConnection, request: HTTPRequest) -> Response | None:
+    async def _enter(self, dialects: Mapping[str, Dialect], connection: ServerConnection, request: HTTPRequest) -> Response | None:
         """Answer what operators ask, and let those in who may speak."""
         assert isinstance(connection, Bounded)
         path = request.path.split("?")[0]
@@ -192,13 +229,13 @@ class Server:
             return _page(*self.pages[path]())
         if not self.knocks.allows(connection.address):
             return _page(429, "text/plain", b"too many connections; wait some seconds\n")
-        refused = self._refused(connection.address, path, request.headers)
+        refused = self._refused(dialects, connection.address, path, request.headers)
         if refused is not None:
             logger.info("%s was not let in: %s", connection.address, refused[1])
             return _page(refused[0], "text/plain", f"{refused[1]}\n".encode())
         return _page(*self.pages[path]()) if path in self.pages else None
 
-    def _refused(self, address: str, path: str, headers: Headers) -> tuple[int, str] | None:
+    def _refused(self, dialects: Mapping[str, Dialect], address: str, path: str, headers: Headers) -> tuple[int, str] | None:
         """Why somebody may not enter, as an HTTP status and a sentence."""
         try:
             origin, host, authorization = (headers.get(name) for name in ("Origin", "Host", "Authorization"))
@@ -212,26 +249,55 @@ class Server:
             return 401, "this server needs its token: Authorization: Bearer <token>"
         if path in self.pages:
             return None
-        if path not in DIALECTS:
-            return 404, f"nothing is spoken here; known: {', '.join(DIALECTS)}"
+        if path not in dialects:
+            return 404, f"nothing is spoken here; known: {', '.join(dialects)}"
+        full = self._full(address)
+        return None if full is None else (503, full)
+
+    def _full(self, address: str) -> str | None:
+        """Why no further client of an address is let in."""
         if self.draining or self.connections.total() >= self.config.clients:
-            return 503, "the server takes no more connections now"
+            return "the server takes no more connections now"
         if self.connections[address] >= self.config.each_address:
-            return 503, "the server takes no more connections of this address; its operator can raise each_address"
+            return "the server takes no more connections of this address; its operator can raise each_address"
         return None
 
-    async def _serve(self, connection: ServerConnection) -> None:
+    async def _serve(self, dialects: Mapping[str, Dialect], connection: ServerConnection) -> None:
         assert isinstance(connection, Bounded) and connection.request is not None
-        number, address, path = next(self._numbers), connection.address, connection.request.path.split("?")[0]
-        config = self.config
+        path = connection.request.path.split("?")[0]
+        await self._talk(connection, dialects[path], connection.address, path)
+
+    async def _peer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A client of GR00T."""
+        task, peer = asyncio.current_task(), Peer(reader, writer, self.limits.frame, self.config.silence)
+        assert task is not None
+        address = str((writer.get_extra_info("peername") or ["unknown"])[0])
+        self._peers[peer] = task
+        entered = self.room.enter(address)
+        try:
+            if entered and self.knocks.allows(address) and self._full(address) is None:
+                watch_for_death(writer.get_extra_info("socket"), self.config.silence)
+                await peer.greet()
+                await self._talk(peer, groot.speak, address, "GR00T")
+        except Broken as error:
+            logger.info("a client from %s was sent away: %s", address, error)
+        finally:
+            peer.abort()
+            del self._peers[peer]
+            if entered:
+                self.room.leave(address)
+
+    async def _talk(self, connection: Connection, dialect: Dialect, address: str, where: str) -> None:
+        """Serve one connection until it closes."""
+        number, config = next(self._numbers), self.config
         deadline = None if config.deadline_ms is None else config.deadline_ms / 1e3
         seed = config.seed + number
-        line = Line(connection, f"c{number}", address, seed, self.limits, self.rate, config.in_flight, deadline, config.silence)
+        line = Line(connection, f"c{number}", address, seed, self.limits, self.rate, self.token, config.keys, config.in_flight, deadline)
         self.connections[address] += 1
-        logger.info("%s connected from %s to %s", line.name, address, path)
+        logger.info("%s connected from %s to %s", line.name, address, where)
         try:
-            await DIALECTS[path](line, self.service, self.welcome())
-        except ConnectionClosed:
+            await dialect(line, self.service, self.welcome())
+        except (ConnectionClosed, ConnectionError):
             pass  # the client left in the middle of an answer
         finally:
             self.connections[address] -= 1

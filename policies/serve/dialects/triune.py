@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import numpy as np
+from triune_client.wire import EncodedImage, WireError, decode_image
 
 from ....config import parse
 from ....data import ActionChunk, Contract, Observation
@@ -133,8 +134,13 @@ async def _request(message: dict[str, Any], session: str, contract: Contract, li
     seen = message.get("observation")
     if not isinstance(seen, dict) or not isinstance(seen.get("images"), dict):
         raise Refusal("bad_request", "an infer message has an observation: images by camera, state, instruction, timestamp")
-    images = await line.pixels(seen["images"])
+    images = dict(seen["images"])
+    if not all(isinstance(camera, str) for camera in images):
+        raise Refusal("bad_request", "the names of cameras are texts")
     try:
+        for camera, image in images.items():
+            if isinstance(image, EncodedImage):
+                images[camera] = await asyncio.to_thread(decode_image, image, line.limits)
         words = {key: seen[key] for key in ("instruction", "embodiment", "subtask") if seen.get(key) is not None}
         if not all(isinstance(said, str) for said in words.values()):
             raise Refusal("bad_request", f"{', '.join(words)} must be texts")
@@ -142,7 +148,7 @@ async def _request(message: dict[str, Any], session: str, contract: Contract, li
         observation = Observation(images=images, state=state, timestamp=stamp or 0.0, **({"instruction": ""} | words))
         prefix = message.get("prefix")
         chunk = None if prefix is None else ActionChunk(_array(prefix, "prefix"), contract.rate or 0.0, observation.timestamp)
-    except UserError as error:
+    except (UserError, WireError) as error:
         raise Refusal("bad_request", public(str(error))) from None
     delay, samples = message.get("delay", 0), message.get("samples", 1)
     for what, number, least, most in (("delay", delay, 0, 1000), ("samples", samples, 1, SAMPLES)):

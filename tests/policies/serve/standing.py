@@ -105,6 +105,7 @@ def main() -> None:
         def state() -> tuple[int, str, bytes]:
             held = {"waiting": len(service.waiting), "held": service.held, "sessions": len(service.sessions)}
             held |= {"connections": server.connections.total(), "sockets": server.room.taken.total() - 1}  # without the one that asks
+            held |= {"groot_port": server.port_of("groot_port") if server.config.groot_port is not None else 0}
             held |= {"tasks": len(asyncio.all_tasks()), "ready": int(service.ready)}
             return 200, "application/json", json.dumps(held).encode()
 

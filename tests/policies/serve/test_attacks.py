@@ -398,11 +398,11 @@ def test_small_files_of_huge_pictures_are_refused_before_they_are_decoded(plain:
     with greeted(plain) as socket:
         ask(socket, type="reset", session="a")
         answer = ask(socket, type="infer", session="a", observation=seen() | {"images": images})
-        assert answer["code"] == "too_large" and rss(plain.process.pid) < before + 20
+        assert "when decoded" in answer["message"] and rss(plain.process.pid) < before + 20
 
 
 def test_a_flood_of_requests_is_refused(tmp_path: Path) -> None:
-    with Standing(tmp_path / "log", rate=20, service={"memory": 1 << 20}) as server:
+    with Standing(tmp_path / "log", rate=2, service={"memory": 1 << 20}) as server:
         with greeted(server) as socket:
             ask(socket, type="reset", session="a")
             large = seen(size=600)

@@ -5,11 +5,16 @@ process of the server is watched from outside.
 """
 
 import asyncio
+import base64
 import contextlib
+import json
+import random
 import resource
+import socket
+import struct
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +29,23 @@ from websockets.sync.client import connect
 
 from triune.data import Contract
 from triune.policies.base import Request
+from triune.policies.serve import keys as keys_module
 from triune.policies.serve import line as line_module
-from triune.policies.serve import security
+from triune.policies.serve import security, zmtp
+from triune.policies.serve.dialects import groot, harness, openpi
 from triune.policies.serve.dialects import triune as native
+from triune.policies.serve.keys import Keys
 from triune.policies.serve.line import Line
-from triune.policies.serve.security import Rate
+from triune.policies.serve.security import Rate, Token
 from triune.policies.serve.service import Refusal, Reply
 
 from .conftest import seen
 from .fakes import Fake, expected
+from .golden import said as peers
 from .mutants import Mutator, new_lines
 from .standing import Standing, rss
 
+FRAMES = {k: base64.b64decode(v) for k, v in json.loads(Path(peers.__file__).with_name("dialects.json").read_text())["frames"].items()}
 SMALL = Limits(frame=1 << 20, array=1 << 18)
 PICTURE = EncodedImage(bytes(192), "raw", (8, 8, 3))
 
@@ -45,17 +55,18 @@ class Spoken:
     """A dialect under test.
 
     Attributes:
-        speak: what serves a connection; module: where that is written.
-        prelude: frames that are answered before the mutants come; valid: frames to change.
-        greets: frames that the server sends first.
+        prelude: frames that come before the mutants; valid: frames to change.
+        greets: whether the server speaks first; silent: whether some frames have no answer. Then a ``hello`` follows each, which has.
+        url: of the server, for a client of this dialect.
     """
 
-    path: str
-    speak: Callable[[Line, Any, dict[str, Any]], Awaitable[None]]
+    name: str
     module: Any
     prelude: tuple[bytes, ...]
     valid: tuple[bytes, ...]
-    greets: int = 0
+    url: str
+    greets: bool = False
+    silent: bool = False
 
 
 def _native() -> Spoken:
@@ -66,11 +77,21 @@ def _native() -> Spoken:
     encoded = infer | {"observation": seen(size=8) | {"images": {"agentview": PICTURE, "wrist": PICTURE}}}
     end = {"type": "end", "id": 3, "session": "a"}
     first = (pack(hello), pack(reset))
-    return Spoken("/v1", native.speak, native, first, (*first, *map(pack, (infer, settled, encoded, end))))
+    return Spoken("native", native, first, (*first, *map(pack, (infer, settled, encoded, end))), "{ws}/v1")
 
 
-SPOKEN = [_native()]
-EVERY = pytest.mark.parametrize("spoken", SPOKEN, ids=[spoken.path for spoken in SPOKEN])
+def _golden(*names: str) -> tuple[bytes, ...]:
+    """What the peers' own clients sent, see ``golden``."""
+    return tuple(frame for name, frame in FRAMES.items() if name.startswith(names) and "answer" not in name)
+
+
+SPOKEN = [
+    _native(),
+    Spoken("openpi", openpi, (), _golden("openpi", "starvla"), "{ws}/", greets=True),
+    Spoken("harness", harness, _golden("harness hello", "harness start"), _golden("harness"), "{ws}/harness", silent=True),
+    Spoken("groot", groot, (), _golden("n1.5", "n1.6", "n1.7"), "tcp"),
+]
+EVERY = pytest.mark.parametrize("spoken", SPOKEN, ids=[spoken.name for spoken in SPOKEN])
 COUNTS = pytest.mark.parametrize("count", [1500, pytest.param(100_000, marks=[pytest.mark.slow])])
 
 
@@ -78,17 +99,17 @@ class Scripted:
     """A connection whose frames are given and whose answers are kept."""
 
     def __init__(self) -> None:
+        self.hungry = asyncio.Event()
         self.frames: asyncio.Queue[bytes] = asyncio.Queue()
         self.answers: asyncio.Queue[bytes] = asyncio.Queue()
 
-    async def recv_streaming(self) -> AsyncIterator[bytes]:
-        yield await self.frames.get()
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            self.hungry.set()
+            yield await self.frames.get()
 
-    async def send(self, frame: bytes) -> None:
-        await self.answers.put(frame)
-
-    async def close(self, code: int = 1000, reason: str = "") -> None:
-        pass
+    async def send(self, frame: bytes | str) -> None:
+        await self.answers.put(frame.encode() if isinstance(frame, str) else frame)
 
 
 class Thoughtless:
@@ -110,28 +131,37 @@ class Thoughtless:
         if request.session not in self.sessions:
             raise Refusal("bad_request", "no such session")
         pack({"state": request.observation.state, "images": request.observation.images, "instruction": request.observation.instruction})
-        return Reply(np.zeros((50, 32), np.float32), 50.0, request.observation.timestamp, {})
+        return Reply(np.zeros((50, 32), np.float32), 50.0, request.observation.timestamp, {"turn": 0.0})
 
 
 async def _exchange(spoken: Spoken, mutator: Mutator, count: int, fresh: Callable[[], int]) -> dict[str, float]:
-    """Speak ``count`` mutants in memory. Gives the longest exchange in seconds, connections that it took, and frames that were kept."""
-    said, longest, service = 0, 0.0, Thoughtless()
-    connections = 0
+    """Speak ``count`` mutants in memory. Gives the longest exchange in seconds, and connections that it took."""
+    said, longest, service, connections = 0, 0.0, Thoughtless(), 0
+    welcome = {"protocol": 1, "server": "here", "policy": "fake"}
     while said < count:
         connections += 1
         connection: Any = Scripted()
-        line = Line(connection, f"c{connections}", "here", 0, SMALL, Rate(1e9, 1e9))
-        speaking = asyncio.ensure_future(spoken.speak(line, service, {"protocol": 1}))
-        for _ in range(spoken.greets):
+        line = Line(connection, f"c{connections}", "here", 0, SMALL, Rate(1e9, 1e9), Token(None), Keys())
+        speaking = asyncio.ensure_future(spoken.module.speak(line, service, welcome))
+
+        async def said_and_done(frame: bytes, connection: Any = connection) -> bytes:
+            """An answer to a frame, empty where there is none to expect."""
+            await connection.hungry.wait()
+            connection.hungry.clear()
+            connection.frames.put_nowait(frame)
+            if not spoken.silent:
+                return await connection.answers.get()
+            await connection.hungry.wait()
+            return b"".join(connection.answers.get_nowait() for _ in range(connection.answers.qsize()))
+
+        if spoken.greets:
             await connection.answers.get()
         for frame in spoken.prelude:
-            connection.frames.put_nowait(frame)
-            assert "error" not in str(unpack(await connection.answers.get()).get("type"))
+            assert b"error" not in await said_and_done(frame)
         while said < count and not speaking.done():
             frame, said = next(mutator), said + 1
             began = time.perf_counter()
-            connection.frames.put_nowait(frame)
-            answer = asyncio.ensure_future(connection.answers.get())
+            answer = asyncio.ensure_future(said_and_done(frame))
             await asyncio.wait({answer, speaking}, return_when=asyncio.FIRST_COMPLETED, timeout=20)
             assert answer.done() or speaking.done(), f"no answer to {frame.hex()}"
             if speaking.done() and (defect := speaking.exception()) is not None:
@@ -153,13 +183,13 @@ async def _exchange(spoken: Spoken, mutator: Mutator, count: int, fresh: Callabl
 @COUNTS
 def test_in_memory_every_mutant_is_answered_or_ends_its_connection(spoken: Spoken, count: int) -> None:
     mutator = Mutator(list(spoken.valid), seed=1)
-    with new_lines([spoken.module, triune_client.wire, line_module, security]) as fresh, warnings.catch_warnings():
+    with new_lines([spoken.module, triune_client.wire, line_module, keys_module, security]) as fresh, warnings.catch_warnings():
         warnings.simplefilter("error")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         got = asyncio.run(_exchange(spoken, mutator, count, fresh))
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(
-        f"{spoken.path}: {count} mutants, {got['connections']:.0f} connections, {len(mutator.corpus) - len(spoken.valid)} kept, "
+        f"{spoken.name}: {count} mutants, {got['connections']:.0f} connections, {len(mutator.corpus) - len(spoken.valid)} kept, "
         f"longest {1e3 * got['longest']:.0f} ms, memory + {grown:.0f} MiB"
     )
     assert got["longest"] < 5 and grown < 200
@@ -186,33 +216,92 @@ def test_unpack_gives_a_message_or_a_wire_error(count: int) -> None:
     assert longest < 2 and grown < 100
 
 
+class Websocket:
+    """A client of ``spoken`` over a socket."""
+
+    def __init__(self, spoken: Spoken, server: Standing) -> None:
+        self.spoken, self.probes = spoken, 0
+        self.socket = connect(spoken.url.format(ws=server.url), compression=None, max_size=None)
+        if spoken.greets:
+            self.socket.recv(timeout=30)
+
+    def exchange(self, frame: bytes) -> None:
+        """Send a frame and wait for what shows that the server is done with it.
+
+        Raises:
+            ConnectionClosed: the server has closed.
+        """
+        self.socket.send(frame)
+        if not self.spoken.silent:
+            self.socket.recv(timeout=30)
+            return
+        self.probes += 1
+        self.socket.send(pack({"type": "hello", "payload": {}, "seq": 2**40 + self.probes, "timestamp": 0.0}))
+        while unpack(self.socket.recv(timeout=30))["seq"] != 2**40 + self.probes:
+            pass
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Zeromq:
+    """The same for GR00T, with ZMTP by hand."""
+
+    def __init__(self, spoken: Spoken, server: Standing) -> None:
+        port = server.state()["groot_port"]
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=30)
+        ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x03REQ"
+        self.socket.sendall(zmtp.GREETING + bytes([zmtp.COMMAND, len(ready)]) + ready)
+        self.read(64)
+        self._frame()
+
+    def read(self, size: int) -> bytes:
+        got = b""
+        while len(got) < size:
+            more = self.socket.recv(size - len(got))
+            if not more:
+                raise ConnectionResetError
+            got += more
+        return got
+
+    def exchange(self, frame: bytes) -> None:
+        self.socket.sendall(b"\x01\x00" + struct.pack(">BQ", zmtp.LONG, len(frame)) + frame)
+        self._frame()
+        self._frame()
+
+    def close(self) -> None:
+        self.socket.sendall(random.Random(5).randbytes(50))  # no frame at all
+        self.socket.close()
+
+    def _frame(self) -> bytes:
+        flags = self.read(1)[0]
+        return self.read(int.from_bytes(self.read(8 if flags & zmtp.LONG else 1), "big"))
+
+
 @EVERY
 @COUNTS
 def test_a_server_outlives_mutants(spoken: Spoken, count: int, tmp_path: Path) -> None:
     mutator = Mutator(list(spoken.valid), seed=3)
     observation = seen(size=8)
-    with Standing(tmp_path / "log", rate=1e9, made={"size": 8}, frame_mib=1) as server, Client(server.url) as honest:
+    with Standing(tmp_path / "log", rate=1e9, made={"size": 8}, frame_mib=1, groot_port=0) as server, Client(server.url) as honest:
         pids = server.process.pid, server.worker
         before = [rss(pid) for pid in pids]
         said = opened = 0
         while said < count:
             opened += 1
-            with contextlib.suppress(ConnectionClosed), connect(server.url + spoken.path, compression=None, max_size=None) as socket:
-                for _ in range(spoken.greets):
-                    socket.recv(timeout=30)
+            talking = Zeromq(spoken, server) if spoken.url == "tcp" else Websocket(spoken, server)
+            with contextlib.suppress(ConnectionClosed, ConnectionError), contextlib.closing(talking):
                 for frame in spoken.prelude:
-                    socket.send(frame)
-                    socket.recv(timeout=30)
+                    talking.exchange(frame)
                 while said < count:
                     said += 1
-                    socket.send(next(mutator))
-                    socket.recv(timeout=30)  # an answer, or the connection's end
+                    talking.exchange(next(mutator))
                     if said % 250 == 0:
                         honest.reset(seed=said)
                         right = expected(said, 0, observation["state"], observation["images"])
                         np.testing.assert_array_equal(honest.infer(observation).actions, right)
         grown = [rss(pid) - was for pid, was in zip(pids, before, strict=True)]
-        print(f"{spoken.path}: {said} mutants, {opened} connections, memory of server and policy + {grown[0]:.0f}, {grown[1]:.0f} MiB")
+        print(f"{spoken.name}: {said} mutants, {opened} connections, memory of server and policy + {grown[0]:.0f}, {grown[1]:.0f} MiB")
         assert max(grown) < 150 and server.worker == pids[1]
         assert server.settled(connections=1)["sessions"] == 1  # the honest client's
     log = (tmp_path / "log").read_text()
