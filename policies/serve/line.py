@@ -1,6 +1,8 @@
 """One connection as a dialect sees it, and what it may cost."""
 
 import asyncio
+import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -70,7 +72,7 @@ class Bounded(ServerConnection):
         self._address = str(remote[0]) if remote else "unknown"
         self._entered = self.room.enter(self._address)
         if not self._entered:
-            self.transport.abort()
+            self._cut()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._entered:
@@ -82,7 +84,7 @@ class Bounded(ServerConnection):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._pings = 0
-        self._stalled = self.loop.call_later(self.silence, self.transport.abort)
+        self._stalled = self.loop.call_later(self.silence, self._cut)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -94,7 +96,12 @@ class Bounded(ServerConnection):
         if self.paused and isinstance(event, Frame) and event.opcode is Opcode.PING:
             self._pings += 1
             if self._pings > PINGS:
-                self.transport.abort()
+                self._cut()
+
+    def _cut(self) -> None:
+        """End at once, in the kernel too, which would keep for minutes what was not fetched."""
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
 
 class Connection(Protocol):
