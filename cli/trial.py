@@ -21,14 +21,14 @@ def trial(
     mapping: Annotated[str | None, typer.Option(help="Which of its cameras and numbers are which.")] = None,
     instruction: Annotated[str, typer.Option(help="What the robot is to do.")] = "",
     pairs: Annotated[int, typer.Option(min=1, help="Starts; each is run by both. Decide before you begin.")] = 20,
-    mode: Annotated[Literal["sync", "async", "rtc", "ensemble"], typer.Option(help="As in `vla client`.")] = "sync",
+    mode: Annotated[Literal["auto", "sync", "async", "rtc", "ensemble"], typer.Option(help="As in `vla client`.")] = "sync",
     seconds: Annotated[float, typer.Option(min=0.1, help="After which a run is ended.")] = 60.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the first start.")] = 1_000_000,
     ask: Annotated[bool, typer.Option(help="Ask for success or failure of simulated runs, too.")] = False,
     out: Annotated[Path, typer.Option(help="Folder; a trial that was begun there goes on.")] = Path("runs/trial"),
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Compare two policies on the same starts, in blind random order; one key judges a run, and the exact interval of the difference follows."""
+    """Compare two policies on the same starts, in blind random order: one key judges a run, and each pair mends the exact interval."""
     from contextlib import ExitStack
     from dataclasses import asdict
     from json import dumps

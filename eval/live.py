@@ -1,6 +1,6 @@
 """``vla client``: a body driven by a policy behind a server, on the wall clock, and what came of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from ..errors import UserError
 from .bodies import Body
 from .statistics import smoothness, wilson
 
-Mode = Literal["sync", "async", "rtc", "ensemble"]
+Mode = Literal["auto", "sync", "async", "rtc", "ensemble"]
 
 
 @dataclass
@@ -53,27 +53,30 @@ class Loop:
     """How a body is driven.
 
     Attributes:
-        mode: ``sync`` waits for each answer, in which a simulator stands still; the others never do. See ``triune_client.realtime``.
+        mode: ``sync`` waits for each answer, in which a simulator stands still; the others never do (``triune_client.realtime``). ``auto``
+            is ``rtc`` where the policy goes on from what is left of a chunk, else ``async``.
         executed: actions of a chunk between two questions; in ``sync`` the policy's own unless given, else as soon as an answer is there.
         seconds: after which an episode that did not end by itself is ended.
         rate: control rate in Hz, where it is not the body's.
         guarded: whether actions are kept inside the server's limits here too, where they leave for the robot.
         starved: seconds without an observation after which the robot holds.
+        sends: whether the body gets the actions; without, all is computed and checked and the robot stays where it is.
     """
 
-    mode: Mode = "rtc"
+    mode: Mode = "auto"
     executed: int | None = None
     seconds: float = 60.0
     rate: float | None = None
     guarded: bool = True
     starved: float = 1.0
+    sends: bool = True
 
 
 def drive(
     body: Body,
     client: Client,
     loop: Loop,
-    seeds: Iterator[int] | range,
+    seeds: Iterable[int],
     clock: Clock | None = None,
     told: Callable[[Drive], None] | None = None,
 ) -> list[Drive]:
@@ -83,20 +86,21 @@ def drive(
         told: called after each episode.
 
     Raises:
-        UserError: the body's control rate is not the policy's, or the server refuses.
+        UserError: the body's control rate is not the policy's, it does not go on from what is left as ``rtc`` asks, or the server refuses.
     """
-    welcome, rate = client.welcome, loop.rate or body.rate
+    welcome, rate, mode = client.welcome, loop.rate or body.rate, mode_of(client, loop)
     if welcome.rate and welcome.rate != rate:
         raise UserError(
             f"the policy answers for {welcome.rate:g} Hz and {body.name} is driven at {rate:g} Hz: actions would be too fast or too slow; "
             f"drive it at {welcome.rate:g} Hz (--rate), or serve a policy of {rate:g} Hz"
         )
     guard = Guard(ActionLimits.from_dict(welcome.limits), rate) if loop.guarded and welcome.limits is not None else None
-    horizon = loop.executed or (welcome.executed if loop.mode == "sync" else None)
+    horizon = loop.executed or (welcome.executed if mode == "sync" else None)
+    deadline = None if mode == "sync" else welcome.chunk / rate + 1.0  # after that nothing of the answer is left to be executed
     robot = Realtime(
-        lambda seen, prefix, delay: client.infer(_words(seen["observation"]), prefix=prefix, delay=delay),
+        lambda seen, prefix, delay: client.infer(_words(seen["observation"]), prefix=prefix, delay=delay, deadline=deadline),
         rate,
-        mode=loop.mode,
+        mode=mode,
         horizon=horizon,
         longest=None if welcome.guided else welcome.prefix,
         guard=guard,
@@ -109,6 +113,18 @@ def drive(
         if told is not None:
             told(drives[-1])
     return drives
+
+
+def mode_of(client: Client, loop: Loop) -> str:
+    """The mode that ``loop`` comes to for the policy of a server.
+
+    Raises:
+        UserError: it is ``rtc``, and the policy goes on from nothing.
+    """
+    goes_on = client.welcome.guided or client.welcome.prefix > 0
+    if loop.mode == "rtc" and not goes_on:
+        raise UserError(f"{client.welcome.policy} does not go on from what is left of a chunk, as rtc asks; take --mode async or ensemble")
+    return ("rtc" if goes_on else "async") if loop.mode == "auto" else loop.mode
 
 
 def _episode(body: Body, client: Client, robot: Realtime, loop: Loop, rate: float, seed: int, clock: Clock) -> Drive:
@@ -131,9 +147,10 @@ def _episode(body: Body, client: Client, robot: Realtime, loop: Loop, rate: floa
         action = robot.tick({"observation": seen, "state": seen.state}, now)
         if robot.why is None:
             assert action is not None, "without a reason to hold there is an action"
-            body.act(action)
+            if loop.sends:
+                body.act(action)
             sent.append(action)
-        elif not (body.waits and (robot.why == "first" or loop.mode == "sync")):
+        elif loop.sends and not (body.waits and (robot.why == "first" or robot.mode == "sync")):
             body.hold(action)
     counted, guarded = robot.statistics, robot.guard.totals if robot.guard is not None else {}
     events = {f"guard {kind}": count - before.get(kind, 0) for kind, count in guarded.items() if count > before.get(kind, 0)}
@@ -171,7 +188,14 @@ def summary(body: Body, client: Client, loop: Loop, drives: list[Drive]) -> dict
         total |= {"successes": sum(judged), "rate": sum(judged) / len(judged), "ci95": list(wilson(sum(judged), len(judged)))}
     welcome = client.welcome
     server = {"url": client.url, "server": welcome.server, "policy": welcome.policy}
-    return {"body": body.name, **server, **asdict(loop), "total": total, "episodes": [asdict(d) for d in drives]}
+    return {
+        "body": body.name,
+        **server,
+        **asdict(loop),
+        "mode": mode_of(client, loop),
+        "total": total,
+        "episodes": [asdict(d) for d in drives],
+    }
 
 
 def _quantiles(values: list[float]) -> dict[str, float]:

@@ -103,7 +103,7 @@ def evaluate(
     keys = [job.key for jobs in batches.values() for job in jobs]
     cinema = Cinema(out, spec.videos.first, spec.videos.failures)
     fresh = 0
-    with one_thread(), WorldPool(workers) as pool, closing(acting) if isinstance(acting, RemotePolicy) else nullcontext():
+    with one_thread(), WorldPool(workers) as pool, closing(acting.client) if isinstance(acting, RemotePolicy) else nullcontext():
         for cuts, jobs in batches.items():
             left = [job for job in jobs if job.key not in ledger.rows]
             if cuts and left and checkpoint is not None:

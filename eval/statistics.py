@@ -63,8 +63,8 @@ def paired_interval(both: int, only_a: int, only_b: int, neither: int, confidenc
 def exact_difference(only_a: int, only_b: int, pairs: int, confidence: float = 0.95) -> Interval:
     """An interval of ``rate(a) - rate(b)`` that covers it with at least ``confidence`` for any number of pairs, however few.
 
-    Every difference is kept that a one-sided test does not reject at half of ``1 - confidence``: Tango's score orders the outcomes, and their
-    chance is summed, not approximated, at the worst share of discordant pairs.
+    Every difference is kept that a one-sided test does not reject at half of ``1 - confidence``: Tango's score orders the outcomes, and
+    their chance is summed, not approximated, at the worst share of discordant pairs.
 
     Args:
         only_a, only_b: pairs in which one of the two alone succeeded.

@@ -1,7 +1,7 @@
 """``vla trial``: two policies on the same starts, in blind random order, judged run by run.
 
-A folder keeps the plan (``trial.json``) and one line per judged run (``runs.jsonl``), each on the disk before the next run begins, so a trial
-goes on where it was left. While it goes on the policies are X and Y; who they are is said at the end.
+A folder keeps the plan (``trial.json``) and one line per judged run (``runs.jsonl``), each on the disk before the next run begins, so a
+trial goes on where it was left. While it goes on the policies are X and Y; who they are is said at the end.
 """
 
 import json
@@ -167,6 +167,7 @@ def score(runs: list[Run]) -> Score:
 
 def report(plan: Plan, standing: Score) -> dict[str, Any]:
     """The result of a trial: JSON for machines."""
+    sides: tuple[tuple[Side, str], ...] = (("a", plan.a), ("b", plan.b))
     rows = [
         {
             "policy": name,
@@ -174,7 +175,7 @@ def report(plan: Plan, standing: Score) -> dict[str, Any]:
             "pairs": standing.pairs,
             "ci95": list(wilson(standing.successes[side], standing.pairs)),
         }
-        for side, name in (("a", plan.a), ("b", plan.b))
+        for side, name in sides
     ]
     out = {"body": plan.body, "policies": rows, "only_a": standing.only_a, "only_b": standing.only_b}
     return out | {"difference": standing.difference, "ci95": list(standing.ci95), "loop": plan.loop}

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +166,7 @@ class Run:
         shown = team.join(Losses(task), dtype)
         return cls(task, config, team, shown, TrainState.create(task.module, config), dtype)
 
-    def steps(self) -> Iterator[tuple[float, dict[str, float], dict[str, float]]]:
+    def steps(self) -> Generator[tuple[float, dict[str, float], dict[str, float]], None, None]:
         """The steps that are left, with batches made ahead. Each gives what ``once`` returns, after its learning rate."""
         config, team, state = self.config, self.team, self.state
 

@@ -188,6 +188,8 @@ def test_the_workspace_of_steps_counts_from_the_report() -> None:
     assert allowed(made, -0.5, 0.2) == (-0.5, [])
     assert allowed(made, 0.5, 0.2) == (0.0, ["workspace"])  # outside: no further, and not pushed back
     assert allowed(made, 0.5, math.nan)[1] == ["workspace"]  # a state that is no number says nothing
+    assert allowed(made, -0.5, -0.2) == (0.0, ["workspace"]) and allowed(made, 0.5, -0.2) == (0.5, [])
+    assert allowed(made, 0.0, 0.2) == allowed(made, 0.0, -0.2) == (0.0, [])
 
 
 def test_events_are_sentences_and_counted() -> None:

@@ -45,7 +45,7 @@ class Asked:
         """
         left = max(0.0, self._begun + self._timeout - time.perf_counter())
         try:
-            return self._reply.result(left)  # type: ignore[no-any-return]
+            return self._reply.result(left)
         except LateFuture:
             self._link.forget(self._number)
             raise TimeoutError(f"no answer within {self._timeout:g} s: the server hangs, or `timeout` is too short for it") from None

@@ -264,9 +264,8 @@ class Guard:
     def sent(self, actions: np.ndarray, state: np.ndarray | None = None) -> None:
         """Actions (C, A) or (A,) went to the robot without ``check``, such as the executed part of a chunk that ``check_chunk`` gave for
         ``state``."""
-        self._memory = self._told(self._memory, state)
-        for action in np.atleast_2d(np.asarray(actions, dtype=np.float64)):
-            self._memory = self._moved(self._memory, self._shaped(action, 1))
+        actions = self._shaped(np.atleast_2d(actions), 2)
+        self._memory = self._ahead(actions, self._told(self._memory, state), len(actions))
 
     def _begin(self) -> _Memory:
         unknown = np.full(self.limits.size, np.nan)

@@ -74,7 +74,7 @@ def pack(message: object) -> bytes:
         WireError: it holds something else, or an array of other kinds than bool, integers, floats and text.
     """
     try:
-        return msgpack.packb(message, default=_plain)  # type: ignore[no-any-return]  # msgpack has no annotations
+        return msgpack.packb(message, default=_plain)
     except WireError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
