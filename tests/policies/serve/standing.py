@@ -91,6 +91,7 @@ def files(pid: int) -> int:
 
 def main() -> None:
     import asyncio
+    import gc
     import logging
 
     from triune.policies.serve import Serve, Server, Service, Source
@@ -106,7 +107,8 @@ def main() -> None:
             held = {"waiting": len(service.waiting), "held": service.held, "sessions": len(service.sessions)}
             held |= {"connections": server.connections.total(), "sockets": server.room.taken.total() - 1}  # without the one that asks
             held |= {"groot_port": server.port_of("groot_port") if server.config.groot_port is not None else 0}
-            held |= {"tasks": len(asyncio.all_tasks()), "ready": int(service.ready)}
+            gc.collect()
+            held |= {"tasks": len(asyncio.all_tasks()), "ready": int(service.ready), "objects": len(gc.get_objects())}
             return 200, "application/json", json.dumps(held).encode()
 
         server.pages["/state"] = state

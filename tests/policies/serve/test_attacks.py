@@ -402,18 +402,12 @@ def test_small_files_of_huge_pictures_are_refused_before_they_are_decoded(plain:
 
 
 def test_a_flood_of_requests_is_refused(tmp_path: Path) -> None:
-    with Standing(tmp_path / "log", rate=2, service={"memory": 1 << 20}) as server:
-        with greeted(server) as socket:
-            ask(socket, type="reset", session="a")
-            large = seen(size=600)
-            assert "send smaller pictures" in ask(socket, type="infer", session="a", observation=large)["message"]
-            answers = [ask(socket, type="infer", session="a", observation=seen()) for _ in range(60)]
-            assert [a for a in answers if a["type"] == "error" and a["code"] == "busy" and "ask less often" in a["message"]]
-        for _ in range(150):
-            with server.socket() as bare:
-                bare.sendall(UPGRADE.replace(b"/v1", b"/kill") + b"\r\n")
-                last = until(bare, b"\r\n")
-        assert b" 429 " in last
+    with Standing(tmp_path / "log", rate=2, service={"memory": 1 << 20}) as server, greeted(server) as socket:
+        ask(socket, type="reset", session="a")
+        large = seen(size=600)
+        assert "send smaller pictures" in ask(socket, type="infer", session="a", observation=large)["message"]
+        answers = [ask(socket, type="infer", session="a", observation=seen()) for _ in range(60)]
+        assert [a for a in answers if a["type"] == "error" and a["code"] == "busy" and "ask less often" in a["message"]]
 
 
 # Sessions

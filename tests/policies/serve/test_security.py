@@ -5,11 +5,15 @@ import logging
 from pathlib import Path
 
 import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 
 from triune.errors import UserError
-from triune.policies.serve import Serve
+from triune.policies.serve import Serve, Server
 from triune.policies.serve.config import LOOPBACK
-from triune.policies.serve.security import Room, Token, from_a_page, names_this_machine, public
+from triune.policies.serve.security import Rate, Room, Token, from_a_page, names_this_machine, public
+
+from .conftest import served
 
 SECRET = "correct-horse-battery-staple"
 
@@ -71,6 +75,26 @@ def test_room() -> None:
     assert [room.enter(name) for name in "aaabbc"] == [True, True, False, True, False, False]
     room.leave("a")
     assert room.enter("c") and room.taken == {"a": 1, "b": 1, "c": 1}
+
+
+def test_who_knocks_too_often_waits_and_nobody_else() -> None:
+    rate = Rate(2.0, 3.0)
+    assert [rate.allows("a", 0.0) for _ in range(5)] == [True] * 3 + [False] * 2
+    assert rate.allows("b", 0.0) and rate.allows("a", 0.6) and not rate.allows("a", 0.7)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_the_servers_door_counts_knocks() -> None:
+    async def work(server: Server) -> None:
+        server.knocks = Rate(1e-9, 2.0)
+        said = []
+        for _ in range(3):
+            with pytest.raises(InvalidStatus) as caught:
+                await connect(server.url + "/kill")
+            said.append(caught.value.response.status_code)
+        assert said == [404, 404, 429]
+
+    served(work)()
 
 
 def test_an_open_address_needs_a_token() -> None:

@@ -115,6 +115,7 @@ def test_what_is_held_stays_flat(seconds: float, tmp_path: Path) -> None:
         start_files = files(server.process.pid)
         load = Load(server)
         memory: list[float] = []
+        objects: list[float] = []
         policy: dict[int, list[float]] = {}
         kills: list[float] = []
         period = max(min(seconds / 4, 60.0), 3.0)
@@ -122,6 +123,8 @@ def test_what_is_held_stays_flat(seconds: float, tmp_path: Path) -> None:
         while time.monotonic() - began < seconds and not load.stop.is_set():
             time.sleep(min(1.0, seconds / 40))
             memory.append(rss(server.process.pid))
+            if len(memory) % 5 == 0:
+                objects.append(server.state()["objects"])
             with suppress(IndexError, FileNotFoundError, StopIteration):  # between two processes
                 policy.setdefault(server.worker, []).append(rss(server.worker))
             if time.monotonic() - killed > period and time.monotonic() - began < seconds - period / 2:
@@ -136,12 +139,13 @@ def test_what_is_held_stays_flat(seconds: float, tmp_path: Path) -> None:
         print(
             f"{seconds:.0f} s: {load.plans} plans, {len(kills)} kills, errors {errors}, longest wait "
             f"{max(load.waits):.1f} s; memory {statistics.median(memory):.0f} MiB, growth {growth(memory):.2f}, of the policy "
-            f"{growth(longest):.2f}; files {start_files} to {files(server.process.pid)}, tasks {start['tasks']} to {end['tasks']}"
+            f"{growth(longest):.2f}; objects {growth(objects):+.0f}; "
+            f"files {start_files} to {files(server.process.pid)}, tasks {start['tasks']} to {end['tasks']}"
         )
         assert load.plans > 5 * seconds and kills
         assert all(len(deaths) <= len(kills) for deaths in load.deaths.values()), "one error for one death"
         assert max(load.waits) < 10
-        assert growth(memory) < 6 and growth(longest) < 6
+        assert growth(memory) < 12 and growth(longest) < 12 and growth(objects) < 1000
         assert files(server.process.pid) <= start_files and end["tasks"] <= start["tasks"]
         with connect(server.url + "/v1", compression=None) as socket:
             for message in ({"type": "hello", "protocol": 1}, {"type": "reset", "session": "count"}):
