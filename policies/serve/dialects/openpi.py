@@ -86,6 +86,8 @@ def _is_typed(message: Mapping[Any, Any]) -> bool:
 
 async def _typed(message: dict[str, Any], line: Line, sessions: Sessions, unnorm_key: str) -> dict[str, Any]:
     kind = message.get("type", "infer")
+    if not isinstance(kind, str):
+        raise Refusal("bad_request", "the type of a message is text")
     if kind == "ping":
         return _head(message, "ping")
     if kind not in ("infer", "predict_action"):
@@ -93,7 +95,8 @@ async def _typed(message: dict[str, Any], line: Line, sessions: Sessions, unnorm
     payload = message.get("payload", {key: value for key, value in message.items() if key not in ("type", "request_id")})
     if not isinstance(payload, dict):
         raise Refusal("bad_request", "payload must be a map")
-    if payload.get("unnorm_key") not in (None, unnorm_key):
+    named = payload.get("unnorm_key")
+    if named is not None and not (isinstance(named, str) and named == unnorm_key):
         raise Refusal("bad_request", f"the one unnorm_key of this policy is '{unnorm_key}'; send it, or none")
     contract = sessions.service.contract
     if "examples" in payload:
