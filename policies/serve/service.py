@@ -243,7 +243,11 @@ class Service:
         guard, seen = session.guard, request.observation
         if session.answered is not None:
             before, then = session.answered
-            passed = round((seen.timestamp - then) * guard.rate) if seen.timestamp > then else self.contract.executed or len(before)
+            passed = (
+                round(min((seen.timestamp - then) * guard.rate, len(before)))
+                if seen.timestamp > then
+                else self.contract.executed or len(before)
+            )
             guard.sent(before[:passed], seen.state)
         safe, events = guard.check_chunk(actions, seen.state)
         if safe is None:

@@ -10,6 +10,7 @@ and ``error {id, code, message}`` instead of any of the answers.
 """
 
 import asyncio
+import logging
 import math
 import time
 from typing import Any
@@ -24,6 +25,8 @@ from ...base import Request
 from ..line import Line
 from ..security import public
 from ..service import Refusal, Reply, Service
+
+logger = logging.getLogger(__name__)
 
 PROTOCOL = 1
 LONGEST = 100
@@ -192,6 +195,9 @@ async def _answer(number: int, work: Any, line: Line) -> None:
         message = {"id": number} | await work
     except Refusal as refusal:
         message = _error(number, refusal)
+    except Exception:  # a client that gets no answer waits for ever
+        logger.exception("%s got no answer to request %d", line.name, number)
+        message = _error(number, Refusal("internal", "the server failed on this request; its log says where"))
     await line.send(message)
 
 

@@ -106,6 +106,6 @@ def test_an_open_address_needs_a_token() -> None:
 
 
 def test_what_is_public() -> None:
-    assert public("no file /home/somebody/runs/policy.json here") == "no file policy.json here"
+    assert public("no file /srv/somebody/runs/policy.json here") == "no file policy.json here"
     assert public(r"C:\Users\somebody\token is short") == "token is short"
     assert len(public("x" * 10**6)) == 2000

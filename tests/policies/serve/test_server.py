@@ -122,7 +122,7 @@ def test_bad_messages_get_a_sentence_and_the_connection_goes_on(message: dict[st
             await ask(socket, type="reset", session="a", seed=5)
             answer = await ask(socket, **message)
             assert answer["type"] == "error" and answer["code"] == "bad_request" and said in answer["message"]
-            assert "/home" not in answer["message"]
+            assert "/srv" not in answer["message"]
             assert (await ask(socket, type="infer", session="a", observation=seen()))["type"] == "plan"
 
     served(work)()
