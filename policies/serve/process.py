@@ -100,6 +100,8 @@ class Process:
         self.child.wait()
         with contextlib.suppress(ConnectionError):
             await self.writer.wait_closed()
+        self.coder.mine.close()
+        self.coder.theirs.close()
 
     def kill(self) -> None:
         """End a process that does not answer any more."""

@@ -134,6 +134,7 @@ class Service:
         window: seconds that a batch waits for sessions that asked of late and will ask again soon.
         queue: requests that may wait; further ones are refused as ``busy``.
         patience: seconds of one turn after which the policy's process is taken for hung and killed.
+        memory: bytes of pictures and numbers in all requests that wait or are under way; further ones are refused as ``busy``.
         restarts: deaths within a minute after which it is not started again.
         limits: of actions, as ``ActionLimits.from_dict`` reads them; those that the policy states unless given.
         guarded: whether chunks are kept inside limits at all.
@@ -146,6 +147,7 @@ class Service:
         window: float = 0.004,
         queue: int = 256,
         patience: float = 300.0,
+        memory: int = 1 << 30,
         restarts: int = 5,
         limits: dict[str, Any] | None = None,
         guarded: bool = True,
@@ -153,6 +155,7 @@ class Service:
         self.given, self.guarded = limits, guarded
         self.limits: ActionLimits | None = None
         self.source, self.window, self.limit, self.patience, self.restarts = source, window, queue, patience, restarts
+        self.memory, self.held = memory, 0
         self.listeners: list[Listener] = []
         self.sessions: dict[str, _Session] = {}
         self.waiting: deque[_Waiting] = deque()
@@ -230,16 +233,19 @@ class Service:
         Raises:
             Refusal: ``late``, ``busy``, ``bad_request``, ``worker`` or ``internal``, with a sentence for the client.
         """
-        began = time.perf_counter()
+        began, size = time.perf_counter(), _bytes(request)
         session = self.sessions.get(request.session)
         looked_at = [listener.wants_foresight(request) for listener in self.listeners]  # each counts its own samples
         drawn = foresight or any(looked_at)
         self.asked += 1
+        self.held += size
         try:
             if self.draining:
                 raise Refusal("worker", "the server is stopping; connect again when it is back")
             if session is None:
                 raise Refusal("bad_request", f"session '{request.session}' has not begun: send a reset before the first request")
+            if self.held > self.memory:
+                raise Refusal("busy", f"requests of {self.held >> 20} MiB wait already; send smaller pictures, or ask less often")
             session.asked = began
             answer = await self._put("plan", request.session, _tree(request, drawn), deadline, session)
             if "code" in answer:
@@ -252,6 +258,7 @@ class Service:
             raise
         finally:
             self.asked -= 1
+            self.held -= size
         said = (answer["timing"], answer["value"], events, answer["foresight"], answer["samples"])
         reply = Reply(actions, chunk["rate"], chunk["time"], *said)
         seconds = time.perf_counter() - began
@@ -271,7 +278,11 @@ class Service:
         guard, seen = session.guard, request.observation
         if session.answered is not None:
             before, then = session.answered
-            passed = round((seen.timestamp - then) * guard.rate) if seen.timestamp > then else self.contract.executed or len(before)
+            passed = (
+                round(min((seen.timestamp - then) * guard.rate, len(before)))
+                if seen.timestamp > then
+                else self.contract.executed or len(before)
+            )
             guard.sent(before[:passed], seen.state)
         safe, events = guard.check_chunk(actions, seen.state)
         if safe is None:
@@ -335,7 +346,7 @@ class Service:
         planned: set[str] = set()
         while self.waiting:
             head = self.waiting[0]
-            if head.future.done():  # late, or its client has gone
+            if head.kind == "plan" and head.future.done():  # late, or its client has gone
                 self.waiting.popleft()
                 continue
             if head.session in planned or len(planned) == self.source.batch:
@@ -361,6 +372,10 @@ class Service:
             answer = await self.process.ask(commands)
         except ProcessDied as death:
             await self._died(turn, death)
+            return
+        except Exception as defect:  # what was sent and what was read may not belong together any more
+            logger.exception("a turn failed")
+            await self._died(turn, ProcessDied(type(defect).__name__))
             return
         finally:
             hung.cancel()
@@ -470,6 +485,12 @@ class Service:
 def _settle(waiting: _Waiting, answer: Any) -> None:
     if not waiting.future.done():
         waiting.future.set_result(answer)
+
+
+def _bytes(request: Request) -> int:
+    """What a request holds in memory."""
+    settled = 0 if request.prefix is None else request.prefix.actions.nbytes
+    return settled + request.observation.state.nbytes + sum(image.nbytes for image in request.observation.images.values())
 
 
 def _tree(request: Request, foresight: bool) -> dict[str, Any]:

@@ -130,6 +130,8 @@ class Talk:
             raise Refusal("unauthorized", "Unauthorized: Invalid API token")
         endpoint, data = word(message.get("endpoint", "get_action")), message.get("data")
         contract, keys = self.sessions.service.contract, self.line.keys
+        if not isinstance(endpoint, str):
+            raise Refusal("bad_request", "an endpoint is a text")
         if endpoint == "ping":
             return {"status": "ok", "message": "Server is running"}
         if endpoint == "get_modality_config":
