@@ -29,6 +29,13 @@ def client(
     seconds: Annotated[float, typer.Option(min=0.1, help="After which an episode is ended.")] = 60.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the first episode; the next have one more.")] = 1_000_000,
     guard: Annotated[bool, typer.Option(help="Keep the server's limits here too, where actions leave for the robot.")] = True,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Ask and check, and send nothing to the body.")] = False,
+    dialect: Annotated[
+        Literal["triune", "openpi"], typer.Option(help="openpi drives a peer's server; name --rate, --executed and the keys it wants.")
+    ] = "triune",
+    key: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=KEY", help="openpi: camera=key, state=key, prompt=key; may be repeated.")
+    ] = None,
     jpeg: Annotated[int | None, typer.Option(min=1, max=95, help="Send pictures as JPEG of this quality; pixels unless given.")] = None,
     resize: Annotated[str | None, typer.Option(metavar="HxW", help="Scale pictures down to fit before they are sent.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File whose first line is the server's token; else TRIUNE_TOKEN.")] = None,
@@ -54,13 +61,18 @@ def client(
 
     token = None if token_file is None else token_file.read_text().split("\n")[0].strip()
     size = None if resize is None else _size(resize)
-    with open_remote(url, token=token, ca=ca, jpeg=jpeg, resize=size).client as link:
-        like = parse(Contract, link.welcome.contract, f"the contract of {url}")
+    if dialect == "openpi":
+        opened: Any = _openpi(url, token, rate, executed, key or [], size)
+    else:
+        opened = open_remote(url, token=token, ca=ca, jpeg=jpeg, resize=size).client
+    with opened as link:
+        like = parse(Contract, link.welcome.contract, f"the contract of {url}") if link.welcome.contract else None
         options = None if robot is None else {"type": robot} | open_options(option or [])
         body = open_body(world=world, episode=episode, robot=options, mapping=mapping, instruction=instruction, like=like)
         try:
-            like.require(body.contract, "the served policy", body.name)
-            loop = Loop(mode, executed, seconds, rate, guard)
+            if like is not None:
+                like.require(body.contract, "the served policy", body.name)
+            loop = Loop(mode, executed, seconds, rate, guard, sends=not dry)
 
             def told(done: Drive) -> None:
                 if not json:
@@ -78,6 +90,26 @@ def client(
         print_table(
             f"{report['body']} by {report['policy']}, {mode}", ["what", "value"], [[key, _said(value)] for key, value in total.items()]
         )
+
+
+def _openpi(url: str, token: str | None, rate: float | None, executed: int | None, keys: list[str], size: tuple[int, int] | None) -> Any:
+    """A connection to a server of openpi's protocol, which says nothing of what it wants."""
+    from triune_client.openpi import OpenpiClient
+
+    from ..errors import UserError
+
+    if rate is None or executed is None:
+        raise UserError(
+            "a server of openpi's protocol says neither its rate nor how much of a chunk to execute; name --rate and --executed"
+        )
+    named = dict(item.partition("=")[::2] for item in keys)
+    if not all(named.values()):
+        raise UserError("--key wants NAME=KEY; write, for example, --key agentview=observation/image --key state=observation/state")
+    words: dict[str, Any] = {name: named.pop(name) for name in ("state", "prompt") if name in named}
+    try:
+        return OpenpiClient(url, rate, executed, named, token=token, resize=size, **words)
+    except (ConnectionError, TimeoutError, ValueError) as error:
+        raise UserError(str(error)) from None
 
 
 def _line(done: dict[str, Any]) -> str:

@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 
 from .. import UserError, __version__
-from . import bench, client, data, doctor, evaluate, model, quickstart, serve, train, trial, verify
+from . import bench, client, data, doctor, evaluate, model, quickstart, replay, serve, train, trial, verify
 
 app = typer.Typer(name="vla", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("quickstart")(quickstart.quickstart)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("serve")(serve.serve)
+app.command("replay")(replay.replay)
 app.command("client")(client.client)
 app.command("trial")(trial.trial)
 app.add_typer(data.app, name="data")

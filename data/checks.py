@@ -106,13 +106,15 @@ def follows(action: np.ndarray, state: np.ndarray, episodes: Sequence[EpisodeInf
     """For each action dimension (N, A) the state dimension (N, S) it drives; ``None`` where it never changes."""
     inside = inside_episodes(episodes)
     frames = np.flatnonzero(inside[1:] & inside[:-1]) + 1
-    frames = frames[np.linspace(0, len(frames) - 1, min(len(frames), MOST_SAMPLES)).astype(int)] if len(frames) else frames
+    if not len(frames):
+        return [None] * action.shape[1]
+    frames = frames[np.linspace(0, len(frames) - 1, min(len(frames), MOST_SAMPLES)).astype(int)]
     scale_a, scale_s = spread(action), spread(state)
     found: list[Follow | None] = []
     moved = [_correlations(action[frames], state[frames + step] - state[frames + step - 1]) for step in (1, 0)]
     last = np.concatenate([np.full(e.length, e.frames.stop - 1) for e in episodes])
     for i in range(action.shape[1]):
-        if not scale_a[i] > 0 or not len(frames):
+        if not scale_a[i] > 0:
             found.append(None)
             continue
         errors = np.full(state.shape[1], np.inf)

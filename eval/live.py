@@ -60,6 +60,7 @@ class Loop:
         rate: control rate in Hz, where it is not the body's.
         guarded: whether actions are kept inside the server's limits here too, where they leave for the robot.
         starved: seconds without an observation after which the robot holds.
+        sends: whether the body gets the actions; without, all is computed and checked and the robot stays where it is.
     """
 
     mode: Mode = "auto"
@@ -68,6 +69,7 @@ class Loop:
     rate: float | None = None
     guarded: bool = True
     starved: float = 1.0
+    sends: bool = True
 
 
 def drive(
@@ -145,9 +147,10 @@ def _episode(body: Body, client: Client, robot: Realtime, loop: Loop, rate: floa
         action = robot.tick({"observation": seen, "state": seen.state}, now)
         if robot.why is None:
             assert action is not None, "without a reason to hold there is an action"
-            body.act(action)
+            if loop.sends:
+                body.act(action)
             sent.append(action)
-        elif not (body.waits and (robot.why == "first" or robot.mode == "sync")):
+        elif loop.sends and not (body.waits and (robot.why == "first" or robot.mode == "sync")):
             body.hold(action)
     counted, guarded = robot.statistics, robot.guard.totals if robot.guard is not None else {}
     events = {f"guard {kind}": count - before.get(kind, 0) for kind, count in guarded.items() if count > before.get(kind, 0)}

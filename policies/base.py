@@ -1,13 +1,14 @@
 """The Policy contract: everything that turns observations into action chunks is one of these."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..data import ActionChunk, Contract, Observation
+from ..errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,8 @@ class Policy(ABC):
     for any batch composition and any number of workers."""
 
     contract: Contract
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] = {}
+    """``state``, ``action`` -> the 1 % and 99 % quantiles of each dimension in the training data, where they are known."""
 
     @property
     def limits(self) -> dict[str, Any] | None:
@@ -74,6 +77,14 @@ class Policy(ABC):
     @abstractmethod
     def plan(self, requests: list[Request]) -> list[Plan]:
         """Answer a batch of requests, in order."""
+
+    def skip(self, session: str, plans: int) -> None:
+        """Go on with a session that has just begun as if so many plans had been made: their noise is not drawn again.
+
+        Raises:
+            UserError: the policy cannot begin in the middle.
+        """
+        raise UserError(f"{type(self).__name__} cannot begin a session in the middle; replay one that was recorded from its first request")
 
     def close(self, session: str) -> None:  # noqa: B027  # most policies keep nothing
         """End an episode: what is kept of the session may be forgotten. One that never began is no error."""

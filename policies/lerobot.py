@@ -79,6 +79,10 @@ class LeRobotPolicy(Policy):
     def reset(self, session: str, seed: int) -> None:
         self.sessions[session] = (seed, 0)
 
+    def skip(self, session: str, plans: int) -> None:
+        seed, step = self.sessions[session]
+        self.sessions[session] = (seed, step + plans)
+
     def close(self, session: str) -> None:
         self.sessions.pop(session, None)
 

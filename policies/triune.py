@@ -73,6 +73,8 @@ class TriunePolicy(Policy):
         self.state = normaliser(statistics["observation.state"], contract.state)
         self.action = normaliser(statistics["action"], contract.action)
         self.statistics = statistics
+        known = {"state": statistics["observation.state"], "action": statistics["action"]}
+        self.bands = {part: (s.q01, s.q99) for part, s in known.items() if isinstance(s, Statistics)}
         self.prompts = prompt_encoder(model, self.settings)
         self.image_token = model.vlm(next(n for n, s in model.spec.streams.items() if s.tokens == "prompt")).image_token
         self.sessions: dict[str, _Session] = {}
@@ -90,6 +92,9 @@ class TriunePolicy(Policy):
 
     def reset(self, session: str, seed: int) -> None:
         self.sessions[session] = _Session(seed)
+
+    def skip(self, session: str, plans: int) -> None:
+        self.sessions[session].step += plans
 
     def close(self, session: str) -> None:
         self.sessions.pop(session, None)
@@ -144,7 +149,7 @@ class TriunePolicy(Policy):
                 session.seen = [*session.seen, self._seen(request.observation)][1 - frames :]
         actions = self.action.unnormalise(outputs.actions.float().cpu().numpy()[:, : self.contract.chunk, : self.contract.action.size])
         actions = self.settings.absolute(actions, np.stack([r.observation.state for r in padded for _ in range(samples)]))
-        timing = {"encode": 1e3 * (encoded - began), "model": 1e3 * (time.perf_counter() - encoded)} | ages
+        timing = {"encode": 1e3 * (encoded - began), "model": 1e3 * (time.perf_counter() - encoded)} | outputs.timing | ages
         rate, plans = self.contract.rate or 0.0, []
         for row, request in zip(range(0, len(actions), samples), requests, strict=False):
             chunks = tuple(ActionChunk(a, rate, request.observation.timestamp) for a in actions[row : row + samples])

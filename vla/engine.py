@@ -5,6 +5,7 @@ mask is made, nothing is read back to the host, no keys are copied but the live 
 """
 
 import itertools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -75,9 +76,12 @@ def infer(model: Model, inputs: Inputs, noise: Mapping[str, Tensor], cache: Cach
     request = request or Request()
     with torch.no_grad() if request.gradients else torch.inference_mode():
         inputs = _as_weights(model, inputs)
+        began = _now(model)
         kept, foresight = model.observe(inputs, cache, request.mode)
+        observed = _now(model)
         outputs = _finish(model, inputs, noise, kept, foresight, request)
-    return _cloned(outputs)
+        timing = {"prefix": observed - began, "steps": _now(model) - observed}
+    return _cloned(outputs, timing)
 
 
 def infer_again(
@@ -95,6 +99,7 @@ def infer_again(
     request = request or Request()
     with torch.no_grad() if request.gradients else torch.inference_mode():
         inputs = _as_weights(model, inputs)
+        began = _now(model)
         kept = model.contexts(inputs)
         foresight: dict[str, Tensor] = {}
         for name, phase in model.graph.schedule(request.mode).items():
@@ -111,8 +116,10 @@ def infer_again(
                 )
             kept |= memory.kept[name][0]
             foresight |= memory.kept[name][1]
+        observed = _now(model)
         outputs = _finish(model, inputs, noise, kept, foresight, request)
-    return _cloned(outputs)
+        timing = {"prefix": observed - began, "steps": _now(model) - observed}
+    return _cloned(outputs, timing)
 
 
 Record = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], object]]]
@@ -325,10 +332,19 @@ def _copies(inputs: Inputs, noise: Mapping[str, Tensor]) -> int:
     return many // one
 
 
-def _cloned(outputs: Outputs) -> Outputs:
+def _cloned(outputs: Outputs, timing: dict[str, float] | None = None) -> Outputs:
     """Tensors that autograd may take, and that the next call does not overwrite."""
     actions = None if outputs.actions is None else outputs.actions.clone()
-    return Outputs(actions, {n: t.clone() for n, t in outputs.foresight.items()}, {n: t.clone() for n, t in outputs.words.items()})
+    foresight, words = ({n: t.clone() for n, t in tensors.items()} for tensors in (outputs.foresight, outputs.words))
+    return Outputs(actions, foresight, words, timing or {})
+
+
+def _now(model: Model) -> float:
+    """Milliseconds on a clock, when the device has done what it was told; nothing waits while a CUDA graph is being recorded."""
+    device = next(model.parameters()).device
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize(device)
+    return 1e3 * time.perf_counter()
 
 
 def _as_weights(model: Model, inputs: Inputs) -> Inputs:

@@ -82,8 +82,10 @@ class Noisy:
 @dataclass(frozen=True)
 class Outputs:
     """What inference answers: the normalised chunk (B, C, A), predicted latent patches (B, T, P) per foresight stream, and ids (B, T)
-    per stream of words that were spoken."""
+    per stream of words that were spoken. ``timing``: milliseconds of the ``prefix`` and of the ``steps`` after it, where the call was not
+    recorded."""
 
     actions: Float[Tensor, "B C A"] | None
     foresight: dict[str, Tensor] = field(default_factory=dict)
     words: dict[str, Tensor] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from ...errors import UserError
+from ..incidents import is_incident, open_incident
 from .dataset import Dataset
 from .hdf5 import SUFFIXES, open_hdf5
 from .lerobot import open_lerobot
@@ -13,7 +14,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def open_dataset(path: str | Path) -> Dataset:
-    """Open a dataset: a LeRobotDataset folder (v2.0, v2.1, v3.0), an HDF5 file of robomimic's form, or a folder of them.
+    """Open a dataset: a LeRobotDataset folder (v2.0, v2.1, v3.0), an HDF5 file of robomimic's form, or a folder of them;
+    what a flight recorder wrote.
 
     Args:
         path: the folder or file; or a hub id (``user/name``, ``user/name@revision``) where there is no such folder.
@@ -22,6 +24,8 @@ def open_dataset(path: str | Path) -> Dataset:
         UserError: there is nothing, it is of no known format, it is empty, or has broken files.
     """
     root = find_dataset(path)
+    if is_incident(root):
+        return open_incident(root)
     if root.suffix in SUFFIXES or (root.is_dir() and not (root / "meta").is_dir() and _holds_hdf5(root)):
         return open_hdf5(root)
     return open_lerobot(root)

@@ -1,15 +1,28 @@
-"""One websocket connection as a dialect sees it."""
+"""One connection as a dialect sees it."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from triune_client.wire import Limits, WireError, pack, unpack
-from websockets.asyncio.server import ServerConnection
 
-from .security import Rate
+from .keys import Keys
+from .security import Rate, Token
 from .service import Refusal
+
+
+class Connection(Protocol):
+    """What carries frames: a connection of ``websockets``, or a ``zmtp.Peer``."""
+
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+
+    async def send(self, message: Any, /) -> None: ...
+
+
+def word(value: object) -> str:
+    """A client's word as a sentence may repeat it; of anything but text only what it is."""
+    return value[:40] if isinstance(value, str) else f"({type(value).__name__})"
 
 
 @dataclass
@@ -19,18 +32,24 @@ class Line:
     Attributes:
         name: of the connection, unique while the server runs; names of sessions begin with it.
         seed: of the first session that it begins without one.
+        token: for protocols that have it in their messages.
+        keys: names that clients of other protocols have for cameras, state and instruction.
         in_flight: requests that it may have under way.
         deadline: seconds for requests that bring none.
+        timed: is told what a stage of a message took, in milliseconds.
     """
 
-    connection: ServerConnection
+    connection: Connection
     name: str
     address: str
     seed: int
     limits: Limits
     rate: Rate
+    token: Token
+    keys: Keys
     in_flight: int = 16
     deadline: float | None = None
+    timed: Callable[[str, float], None] = lambda stage, ms: None
     decoded: float = 0.0
 
     async def frames(self) -> AsyncIterator[bytes | str]:
@@ -38,8 +57,11 @@ class Line:
         async for frame in self.connection:
             yield frame
 
-    def decode(self, frame: bytes | str) -> Any:
+    def decode(self, frame: bytes | str, also: Callable[[dict[Any, Any]], object] | None = None) -> Any:
         """The message in a frame; ``decoded`` is how many milliseconds that took.
+
+        Args:
+            also: another codec's words, see ``triune_client.wire.unpack``.
 
         Raises:
             Refusal: too many requests, text, or no message within the limits.
@@ -50,12 +72,16 @@ class Line:
             raise Refusal("bad_request", "this server takes binary frames of msgpack, and a text frame came")
         began = time.perf_counter()
         try:
-            message = unpack(frame, self.limits)
+            message = unpack(frame, self.limits, also)
         except WireError as error:
             raise Refusal("bad_request", str(error)) from None
         self.decoded = 1e3 * (time.perf_counter() - began)
+        self.timed("decode", self.decoded)
         return message
 
     async def send(self, message: Any) -> None:
         """Send one message."""
-        await self.connection.send(pack(message))
+        began = time.perf_counter()
+        frame = pack(message)
+        self.timed("encode", 1e3 * (time.perf_counter() - began))
+        await self.connection.send(frame)

@@ -1,5 +1,6 @@
 """Who may speak, how fast, and over what: the token, the rate of an address, TLS. ``SECURITY.md`` has the threat model."""
 
+import base64
 import hmac
 import re
 import ssl
@@ -45,12 +46,18 @@ class Token:
         """Whether ``given`` is the token, in a time that does not tell how much of it is right."""
         if self._secret is None:
             return True
-        return hmac.compare_digest(self._secret, (given or "").encode())
+        return hmac.compare_digest(self._secret, (given or "").encode(errors="surrogateescape"))
 
     def admits_header(self, authorization: str | None) -> bool:
-        """The same for a header ``Authorization: Bearer <token>``, or openpi's ``Api-Key <token>``."""
-        kind, _, given = (authorization or "").partition(" ")
-        return self.admits(given.strip() if kind.lower() in ("bearer", "api-key") else None)
+        """The same for a header ``Authorization: Bearer <token>``, openpi's ``Api-Key <token>``, or the password of ``Basic``, which
+        clients send that have nothing but an address: ``ws://any:<token>@host``."""
+        kind, _, given = (authorization or "").strip().partition(" ")
+        if kind.lower() == "basic":
+            try:
+                given = base64.b64decode(given.strip(), validate=True).decode().partition(":")[2]
+            except ValueError:
+                return self.admits(None)
+        return self.admits(given.strip() if kind.lower() in ("bearer", "api-key", "basic") else None)
 
 
 class Rate:

@@ -9,6 +9,7 @@ import logging
 import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 from triune_client.wire import Limits
@@ -23,17 +24,21 @@ from ... import __version__
 from ...data.robot import load_robot
 from ...errors import UserError
 from .config import Serve
-from .dialects import triune
-from .line import Line
+from .dialects import groot, harness, openpi, triune
+from .line import Connection, Line
+from .operations import Operations
 from .process import Source
 from .security import Rate, Token, tls
-from .service import Service
+from .service import Refusal, Service
+from .zmtp import Broken, Peer
 
 logger = logging.getLogger(__name__)
 
 Dialect = Callable[[Line, Service, dict[str, Any]], Awaitable[None]]
-DIALECTS: Mapping[str, Dialect] = {"/v1": triune.speak}
+DIALECTS: Mapping[str, Dialect] = {"/v1": triune.speak, "/": openpi.speak, "/harness": harness.speak}
 """Path -> the protocol that is spoken there."""
+HARNESS: Mapping[str, Dialect] = {"/": harness.speak}
+"""The same of the harness's own port."""
 
 
 class Server:
@@ -57,11 +62,18 @@ class Server:
             "/healthz": lambda: (200, "text/plain", b"OK\n"),
             "/readyz": self._readyz,
             "/health": lambda: (200, "application/json", json.dumps({"status": "ok"}).encode()),
+            "/config": lambda: (200, "application/json", harness.config(config.batch, config.window_ms)),
         }
+        self.operations = Operations(config, service, name)
+        self.pages |= self.operations.pages
         self.draining = False
         self._numbers = itertools.count()
-        self._lines: set[asyncio.Task[Any]] = set()
-        self._socket: Socket | None = None
+        self._sockets: dict[str, Socket | asyncio.Server] = {}
+        self._peers: dict[Peer, asyncio.Task[None]] = {}
+
+    def port_of(self, name: str) -> int:
+        """The port that was taken for ``port``, ``harness_port`` or ``groot_port``."""
+        return int(next(iter(self._sockets[name].sockets)).getsockname()[1])
 
     @classmethod
     def of(cls, config: Serve, source: Source, name: str) -> "Server":
@@ -89,9 +101,8 @@ class Server:
 
     @property
     def port(self) -> int:
-        """The port that was taken."""
-        assert self._socket is not None, "the server has not started"
-        return int(next(iter(self._socket.sockets)).getsockname()[1])
+        """The port that was taken for websockets."""
+        return self.port_of("port")
 
     @property
     def url(self) -> str:
@@ -114,28 +125,49 @@ class Server:
         }
 
     async def start(self) -> None:
-        """Load and warm the policy, then open the port.
+        """Load and warm the policy, then open the ports.
 
         Raises:
-            UserError: the policy cannot be loaded, or the port is taken.
+            UserError: the policy cannot be loaded, the config's keys are not its own, or a port is taken.
         """
-        await self.service.start()
         try:
-            self._socket = await serve(
-                self._serve,
-                self.config.host,
-                self.config.port,
-                ssl=self.ssl,
-                process_request=self._enter,
-                compression=None,
-                max_size=self.limits.frame,
-                max_queue=4,
-                open_timeout=10,
-                server_header=None,
-            )
+            await self.service.start()
+        except BaseException:
+            self.operations.close()
+            raise
+        try:
+            self.config.keys.check(self.service.contract)
+            await self._listen("port", lambda port: self._websocket(port, DIALECTS))
+            await self._listen("harness_port", lambda port: self._websocket(port, HARNESS))
+            await self._listen("groot_port", lambda port: asyncio.start_server(self._peer, self.config.host, port, limit=2**20))
+        except UserError:
+            await self.stop()
+            raise
+
+    async def _listen(self, name: str, opened: Callable[[int], Awaitable[Socket | asyncio.Server]]) -> None:
+        """Open one of the config's ports, if it has a number."""
+        port = getattr(self.config, name)
+        if port is None:
+            return
+        try:
+            self._sockets[name] = await opened(port)
         except OSError as error:
-            await self.service.stop()
-            raise UserError(f"cannot listen on {self.config.host}:{self.config.port} ({error.strerror}); choose another port=") from None
+            raise UserError(f"cannot listen on {self.config.host}:{port} ({error.strerror}); choose another {name}=") from None
+        logger.info("%s is %s:%d", name, self.config.host, self.port_of(name))
+
+    def _websocket(self, port: int, dialects: Mapping[str, Dialect]) -> Awaitable[Socket]:
+        return serve(
+            partial(self._serve, dialects),
+            self.config.host,
+            port,
+            ssl=self.ssl,
+            process_request=partial(self._enter, dialects),
+            compression=None,
+            max_size=self.limits.frame,
+            max_queue=4,
+            open_timeout=10,
+            server_header=None,
+        )
 
     async def run(self) -> None:
         """Serve until the process is told to end; requests in flight are answered first.
@@ -146,6 +178,7 @@ class Server:
         loop, told = asyncio.get_running_loop(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, told.set)
+        loop.add_signal_handler(signal.SIGUSR1, self.operations.record)
         while not told.is_set() and self.service.failed is None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(told.wait(), timeout=0.5)
@@ -154,51 +187,93 @@ class Server:
             raise UserError(str(self.service.failed))
 
     async def stop(self) -> None:
-        """Take no more connections and requests, answer those in flight, close."""
+        """Take no more connections and requests, answer those in flight, close. Until then /readyz says 503."""
         self.draining = True
-        if self._socket is not None:
-            self._socket.close(close_connections=False)
         await self.service.drain(self.config.drain)
-        if self._socket is not None:
-            for connection in self._socket.connections:
-                await connection.close(1001, "the server is stopping")
-            await self._socket.wait_closed()
+        websockets = [socket for socket in self._sockets.values() if isinstance(socket, Socket)]
+        for socket in self._sockets.values():
+            socket.close(close_connections=False) if isinstance(socket, Socket) else socket.close()
+        for connection in [connection for socket in websockets for connection in socket.connections]:
+            await connection.close(1001, "the server is stopping")
+        await self._part()
+        for socket in self._sockets.values():
+            await socket.wait_closed()
         await self.service.stop()
+        await asyncio.to_thread(self.operations.close)
+
+    async def _part(self) -> None:
+        """Close the connections of GR00T's clients; those that do not fetch their last answer lose it."""
+        tasks = set(self._peers.values())
+        for peer in self._peers:
+            peer.close()
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
+            for peer in self._peers:
+                peer.abort()
+            await asyncio.wait(tasks)
 
     def _readyz(self) -> tuple[int, str, bytes]:
         ready = self.service.ready and not self.draining
         return (200, "text/plain", b"ready\n") if ready else (503, "text/plain", b"not ready\n")
 
-    async def _enter(self, connection: ServerConnection, request: HTTPRequest) -> Response | None:
+    async def _enter(self, dialects: Mapping[str, Dialect], connection: ServerConnection, request: HTTPRequest) -> Response | None:
         """Answer what operators ask, and let those in who may speak."""
         address = _address(connection)
         path = request.path.split("?")[0]
         if path in ("/healthz", "/readyz", "/health"):
             return _page(*self.pages[path]())
         if not self.knocks.allows(address):
+            self.service.refused(Refusal("busy", "too many connections"), address)
             return _page(429, "text/plain", b"too many connections; wait some seconds\n")
         if not self.token.admits_header(request.headers.get("Authorization")):
+            self.service.refused(Refusal("unauthorized", "no token, or another one"), address)
             return _page(401, "text/plain", b"this server needs its token: Authorization: Bearer <token>\n")
         if path in self.pages:
             return _page(*self.pages[path]())
-        if path not in DIALECTS:
-            return _page(404, "text/plain", f"nothing is spoken here; known: {', '.join(DIALECTS)}\n".encode())
-        if self.draining or sum(self.connections.values()) >= self.config.clients:
+        if path not in dialects:
+            return _page(404, "text/plain", f"nothing is spoken here; known: {', '.join(dialects)}\n".encode())
+        if self.full:
             return _page(503, "text/plain", b"the server takes no more connections now\n")
         return None
 
-    async def _serve(self, connection: ServerConnection) -> None:
+    @property
+    def full(self) -> bool:
+        """Whether no further client is let in."""
+        return self.draining or sum(self.connections.values()) >= self.config.clients
+
+    async def _serve(self, dialects: Mapping[str, Dialect], connection: ServerConnection) -> None:
         assert connection.request is not None
-        number, address = next(self._numbers), _address(connection)
-        config = self.config
+        path = connection.request.path.split("?")[0]
+        await self._talk(connection, dialects[path], _address(connection), path)
+
+    async def _peer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A client of GR00T."""
+        task, peer = asyncio.current_task(), Peer(reader, writer, self.limits.frame)
+        assert task is not None
+        address = str((writer.get_extra_info("peername") or ["unknown"])[0])
+        self._peers[peer] = task
+        try:
+            if self.knocks.allows(address) and not self.full:
+                await peer.greet()
+                await self._talk(peer, groot.speak, address, "GR00T")
+        except Broken as error:
+            logger.info("a client from %s was sent away: %s", address, error)
+        finally:
+            peer.abort()
+            del self._peers[peer]
+
+    async def _talk(self, connection: Connection, dialect: Dialect, address: str, where: str) -> None:
+        """Serve one connection until it closes."""
+        number, config = next(self._numbers), self.config
         deadline = None if config.deadline_ms is None else config.deadline_ms / 1e3
         seed = config.seed + number
-        line = Line(connection, f"c{number}", address, seed, self.limits, self.rate, config.in_flight, deadline)
+        given = (self.limits, self.rate, self.token, config.keys, config.in_flight, deadline, self.service.timed)
+        line = Line(connection, f"c{number}", address, seed, *given)
         self.connections[address] += 1
-        logger.info("%s connected from %s to %s", line.name, address, connection.request.path)
+        logger.info("%s connected from %s to %s", line.name, address, where)
         try:
-            await DIALECTS[connection.request.path.split("?")[0]](line, self.service, self.welcome())
-        except ConnectionClosed:
+            await dialect(line, self.service, self.welcome())
+        except (ConnectionClosed, ConnectionError):
             pass  # the client left in the middle of an answer
         finally:
             self.connections[address] -= 1

@@ -10,8 +10,8 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 from triune_client import ActionLimits, Guard
@@ -59,7 +59,14 @@ class Reply:
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """One request and what became of it, as listeners hear of it."""
+    """One request and what became of it, as listeners hear of it.
+
+    Attributes:
+        seed, step: of the session; with the observation they are all that its actions depend on.
+        reply: also with what was drawn for listeners alone.
+        seconds: from when the service was asked until it answered.
+        planned: float32 (C, A), the policy's own chunk before the guard changed it.
+    """
 
     request: Request
     seed: int
@@ -67,16 +74,27 @@ class Exchange:
     reply: Reply | None = None
     refusal: Refusal | None = None
     seconds: float = 0.0
+    planned: np.ndarray | None = None
 
 
-class Listener(Protocol):
+class Listener:
     """Hears what happens: metrics, the flight recorder, a viewer. Called in the event loop: it must be quick and must not raise."""
 
     def exchanged(self, exchange: Exchange) -> None:
         """A request was answered or refused."""
 
+    def refused(self, refusal: Refusal, client: str) -> None:
+        """What ``client`` (a connection, or an address) sent was refused before it became a request."""
+
     def happened(self, event: str, session: str | None = None) -> None:
         """``reset``, ``close``, ``died``, ``started``, ``drain``."""
+
+    def timed(self, stage: str, ms: float) -> None:
+        """A dialect took ``ms`` milliseconds for one message: ``decode``, ``pictures`` (JPEG or PNG), ``encode``."""
+
+    def wants_foresight(self, request: Request) -> bool:
+        """Whether what the policy foresees shall be drawn for this request although its client did not ask."""
+        return False
 
 
 @dataclass(eq=False)
@@ -89,11 +107,16 @@ class _Waiting:
     future: asyncio.Future[Any]
     deadline: float | None = None
     since: float = field(default_factory=time.perf_counter)
+    owner: "_Session | None" = None
 
 
 @dataclass
 class _Session:
-    """``answered``: the last chunk and the timestamp of its observation."""
+    """
+    Attributes:
+        step: plans that the policy has made for it since it began, also those that came too late for their client.
+        answered: the last chunk and the timestamp of its observation.
+    """
 
     seed: int
     step: int = 0
@@ -135,6 +158,8 @@ class Service:
         self.process: Process | None = None
         self.introduction: dict[str, Any] = {}
         self.failed: BaseException | None = None
+        self.draining = False
+        self.asked = 0
         self._arrived = asyncio.Event()
         self._busy = False
         self._deaths: deque[float] = deque(maxlen=restarts)
@@ -160,10 +185,11 @@ class Service:
         self._running = asyncio.create_task(self._run())
 
     async def drain(self, patience: float) -> None:
-        """Wait until nothing waits and nothing is under way, ``patience`` seconds at most."""
+        """Take no more requests, and wait until nothing waits and nothing is under way, ``patience`` seconds at most."""
+        self.draining = True
         self._tell("drain")
         until = time.monotonic() + patience
-        while (self.waiting or self._busy) and time.monotonic() < until:
+        while (self.waiting or self._busy or self.asked) and time.monotonic() < until:
             await asyncio.sleep(0.01)
 
     async def stop(self) -> None:
@@ -178,11 +204,11 @@ class Service:
             await self.process.stop()
             self.process = None
 
-    async def reset(self, session: str, seed: int) -> None:
-        """Begin an episode of ``session``, whose noise is keyed by ``seed``."""
-        self.sessions[session] = _Session(seed)
+    async def reset(self, session: str, seed: int, step: int = 0) -> None:
+        """Begin an episode of ``session``, whose noise is keyed by ``seed``, at its plan number ``step``."""
+        self.sessions[session] = _Session(seed, step)
         self._tell("reset", session)
-        await self._put("reset", session, seed)
+        await self._put("reset", session, [seed, step])
 
     async def close(self, session: str) -> None:
         """Forget a session, if it was ever begun."""
@@ -203,11 +229,16 @@ class Service:
         """
         began = time.perf_counter()
         session = self.sessions.get(request.session)
+        looked_at = [listener.wants_foresight(request) for listener in self.listeners]  # each counts its own samples
+        drawn = foresight or any(looked_at)
+        self.asked += 1
         try:
+            if self.draining:
+                raise Refusal("worker", "the server is stopping; connect again when it is back")
             if session is None:
                 raise Refusal("bad_request", f"session '{request.session}' has not begun: send a reset before the first request")
             session.asked = began
-            answer = await self._put("plan", request.session, _tree(request, foresight), deadline)
+            answer = await self._put("plan", request.session, _tree(request, drawn), deadline, session)
             if "code" in answer:
                 raise Refusal(answer["code"], answer["message"])
             chunk = answer["chunk"]
@@ -216,11 +247,13 @@ class Service:
             seconds = time.perf_counter() - began
             self._heard(Exchange(request, session.seed if session else 0, session.step if session else 0, None, refusal, seconds))
             raise
+        finally:
+            self.asked -= 1
         said = (answer["timing"], answer["value"], events, answer["foresight"], answer["samples"])
         reply = Reply(actions, chunk["rate"], chunk["time"], *said)
-        self._heard(Exchange(request, session.seed, session.step, reply, None, time.perf_counter() - began))
-        session.step += 1
-        return reply
+        seconds = time.perf_counter() - began
+        self._heard(Exchange(request, session.seed, answer["step"], reply, None, seconds, chunk["actions"]))
+        return reply if foresight else replace(reply, foresight={})
 
     def _safe(self, session: _Session, request: Request, actions: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
         """A chunk inside the limits, and what had to be changed for it.
@@ -243,13 +276,21 @@ class Service:
         session.answered = safe.astype(np.float32), seen.timestamp
         return session.answered[0], dict(Counter(f"{event.kind} {event.name}" for event in events))
 
-    async def _put(self, kind: Literal["reset", "close", "plan"], session: str, body: Any, deadline: float | None = None) -> Any:
+    async def _put(
+        self,
+        kind: Literal["reset", "close", "plan"],
+        session: str,
+        body: Any,
+        deadline: float | None = None,
+        owner: _Session | None = None,
+    ) -> Any:
         if self.failed is not None:
             raise Refusal("worker", "the policy has ended and will not be started again; the server's log says why")
         if kind == "plan" and len(self.waiting) >= self.limit:
             raise Refusal("busy", f"{len(self.waiting)} requests wait already; ask less often, or serve this policy on more machines")
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(kind, session, body, loop.create_future(), None if deadline is None else loop.time() + deadline)
+        until = None if deadline is None else loop.time() + deadline
+        waiting = _Waiting(kind, session, body, loop.create_future(), until, owner=owner)
         self.waiting.append(waiting)
         self._arrived.set()
         if deadline is None:
@@ -309,7 +350,7 @@ class Service:
         now = time.perf_counter()
         commands = {
             "close": [w.session for w in turn if w.kind == "close"],
-            "reset": [[w.session, w.body] for w in turn if w.kind == "reset"],
+            "reset": [[w.session, *w.body] for w in turn if w.kind == "reset"],
             "plan": [w.body for w in plans],
         }
         hung = asyncio.get_running_loop().call_later(self.patience, self.process.kill)
@@ -322,7 +363,10 @@ class Service:
             hung.cancel()
         for waiting, tree in zip(plans, answer["answers"], strict=True):
             if "timing" in tree:
+                assert waiting.owner is not None
                 tree["timing"] |= {"queue": 1e3 * (now - waiting.since), "turn": answer["ms"], "batch": len(plans)}
+                tree["step"] = waiting.owner.step
+                waiting.owner.step += 1
             _settle(waiting, tree)
         for waiting in turn:
             if waiting.kind != "plan":
@@ -363,7 +407,7 @@ class Service:
             await process.stop(patience=0)
             raise
         if self.sessions:
-            await process.ask({"close": [], "reset": [[name, s.seed] for name, s in self.sessions.items()], "plan": []})
+            await process.ask({"close": [], "reset": [[name, s.seed, 0] for name, s in self.sessions.items()], "plan": []})
             for session in self.sessions.values():
                 session.step = 0
         self.process = process
@@ -404,6 +448,16 @@ class Service:
     def _tell(self, event: str, session: str | None = None) -> None:
         for listener in self.listeners:
             listener.happened(event, session)
+
+    def timed(self, stage: str, ms: float) -> None:
+        """Tell listeners what a dialect spent on a message."""
+        for listener in self.listeners:
+            listener.timed(stage, ms)
+
+    def refused(self, refusal: Refusal, client: str) -> None:
+        """Tell listeners of a message that was refused before it became a request."""
+        for listener in self.listeners:
+            listener.refused(refusal, client)
 
     def _heard(self, exchange: Exchange) -> None:
         for listener in self.listeners:

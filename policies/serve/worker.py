@@ -19,6 +19,7 @@ from ...data import ActionChunk, Observation
 from ...errors import UserError
 from ..base import Plan, Policy, Request
 from .channel import Arena, Coder, receive
+from .logs import set_up_as_told
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ def main() -> None:
     """Load the policy, warm it, then answer turn after turn until the other side has gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal goes to all; the server ends this one when it has drained
     settings = json.loads(sys.argv[1])
+    set_up_as_told()
     sock = socket.socket(fileno=settings["socket"])
     coder = Coder(Arena(settings["answers"], settings["size"]), Arena(settings["requests"], settings["size"]))
     try:
@@ -51,15 +53,18 @@ def make(name: str, arguments: dict[str, Any]) -> Policy:
 
 def introduction(policy: Policy) -> dict[str, Any]:
     """What the server must know of its policy."""
-    return {"contract": policy.contract.model_dump(mode="json"), "limits": policy.limits, "realtime": policy.realtime}
+    said = {"limits": policy.limits, "realtime": policy.realtime, "bands": policy.bands, "skips": type(policy).skip is not Policy.skip}
+    return {"contract": policy.contract.model_dump(mode="json")} | said
 
 
 def turn(policy: Policy, commands: dict[str, Any]) -> dict[str, Any]:
     """Carry out the commands of a turn: sessions that end, sessions that begin, plans."""
     for session in commands["close"]:
         policy.close(session)
-    for session, seed in commands["reset"]:
+    for session, seed, step in commands["reset"]:
         policy.reset(session, seed)
+        if step:
+            policy.skip(session, step)
     return {"answers": answers(policy, commands["plan"])}
 
 

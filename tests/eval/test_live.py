@@ -119,3 +119,14 @@ def test_recorded_episodes_say_how_far_the_actions_are(tmp_path: Path) -> None:
     assert done.executed == 40 and done.success is None
     for error in done.facts["error"].values():
         assert error == pytest.approx(2.0, abs=1e-3)
+
+
+def test_a_dry_run_moves_nothing(tmp_path: Path) -> None:
+    source = Source("served:arm", {"mapping": "so100"})
+    with serving(source, "waves", Serve(port=0, robot="so100")) as server, Client(server.url) as client:
+        body = robot(tmp_path)
+        try:
+            (done,) = drive(body, client, Loop(seconds=1.0, sends=False), [0])
+        finally:
+            body.close()
+    assert done.executed > 10 and not body.robot.sent

@@ -60,6 +60,7 @@ async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
                     raise Refusal("busy", f"{len(tasks)} requests of this connection are under way; wait for an answer before the next")
                 work = await _work(kind, message, line, service, sessions)
             except Refusal as refusal:
+                service.refused(refusal, line.name)
                 await line.send(_error(number, refusal))
                 if not greeted:
                     return
@@ -123,6 +124,8 @@ async def _work(kind: str, message: dict[str, Any], line: Line, service: Service
         return _ready(service.close(sessions.pop(name)))
     request, decoded = await _request(message, sessions[name], service.contract, line.limits)
     deadline = _number(message, "deadline", line.deadline, least=0.0)
+    if any(isinstance(image, EncodedImage) for image in message["observation"]["images"].values()):
+        line.timed("pictures", decoded)
     timing = {"decode": line.decoded + decoded}
     return _plan(service.plan(request, deadline, foresight=message.get("foresight") is True), timing)
 

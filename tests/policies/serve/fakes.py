@@ -27,6 +27,7 @@ class Fake(Policy):
         time.sleep(load)
         self.seconds = seconds
         self.sessions: dict[str, list[int]] = {}
+        self.bands = {"state": ([-1.0] * STATE, [1.0] * STATE), "action": ([-2.0] * ACTION, [2.0] * ACTION)}
         self.contract = Contract(
             cameras=tuple(Camera(name=name, height=size, width=size) for name in ("agentview", "wrist")),
             state=Vector(names=tuple(f"s{i}" for i in range(STATE))),
@@ -38,6 +39,9 @@ class Fake(Policy):
 
     def reset(self, session: str, seed: int) -> None:
         self.sessions[session] = [seed, 0]
+
+    def skip(self, session: str, plans: int) -> None:
+        self.sessions[session][1] += plans
 
     def close(self, session: str) -> None:
         self.sessions.pop(session, None)
@@ -72,3 +76,17 @@ def expected(seed: int, step: int, state: np.ndarray, images: dict[str, np.ndarr
     digest = hashlib.sha256(b"".join(images[name].tobytes() for name in sorted(images))).digest()
     rng = np.random.default_rng([seed, step, *digest[:4]])
     return (rng.standard_normal((CHUNK, ACTION)) + float(state.sum())).astype(np.float32)
+
+
+class Shifted(Fake):
+    """As ``Fake``, and one more in every action."""
+
+    def _plan(self, request: Request, batch: int) -> Plan:
+        plan = super()._plan(request, batch)
+        return Plan(ActionChunk(plan.chunk.actions + 1, plan.chunk.rate, plan.chunk.time), plan.foresight, timing=plan.timing)
+
+
+class Forward(Fake):
+    """As ``Fake``, and cannot begin in the middle."""
+
+    skip = Policy.skip

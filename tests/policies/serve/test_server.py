@@ -170,3 +170,22 @@ def test_stopping_answers_what_was_asked() -> None:
             await stopping
 
     served(work)()
+
+
+def test_while_it_stops_the_server_says_that_it_is_not_ready_and_takes_no_more_requests() -> None:
+    async def work(server: Server) -> None:
+        async with greeted(server) as socket, greeted(server) as other:
+            for line in (socket, other):
+                await ask(line, type="reset", session="a", seed=5)
+            thinking = asyncio.create_task(ask(socket, type="infer", session="a", observation=seen(instruction="sleep 0.7")))
+            await asyncio.sleep(0.1)
+            stopping = asyncio.create_task(server.stop())
+            await asyncio.sleep(0.1)
+            assert await get(server, "/readyz") == (503, b"not ready\n") and (await get(server, "/healthz"))[0] == 200
+            assert (await get(server, "/v1"))[0] == 503
+            refused = await ask(other, type="infer", session="a", observation=seen())
+            assert refused["code"] == "worker" and "is stopping" in refused["message"]
+            assert (await thinking)["type"] == "plan"
+            await stopping
+
+    served(work)()
