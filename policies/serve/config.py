@@ -83,7 +83,8 @@ class Serve(Strict):
         token_file: a file whose first line is the secret that clients send (``Authorization: Bearer <token>``).
         tls_cert, tls_key: PEM files; with them only ``wss://`` is spoken.
         batch: sessions answered in one call of the policy.
-        window_ms: how long a batch waits for sessions that asked within the last second.
+        window_ms: how long a batch waits at most for sessions that are about to ask again, as they did before; never more than a quarter
+            of what a call of the policy takes, and never for a single session.
         queue: requests that may wait; clients: connections at once; in_flight: requests of one connection at once.
         rate: requests per second of one address, on average; twice as many may come at once.
         frame_mib: largest frame.
@@ -105,7 +106,7 @@ class Serve(Strict):
     tls_cert: str | None = None
     tls_key: str | None = None
     batch: PositiveInt = 8
-    window_ms: NonNegativeFloat = 4.0
+    window_ms: NonNegativeFloat = 20.0
     queue: PositiveInt = 256
     clients: PositiveInt = 64
     in_flight: PositiveInt = 16
