@@ -26,7 +26,8 @@ class Arena:
 
     def __init__(self, fd: int, size: int) -> None:
         self.fd, self.size = fd, size
-        self.memory = np.frombuffer(mmap.mmap(fd, size), np.uint8)
+        self._map = mmap.mmap(fd, size)
+        self.memory = np.frombuffer(self._map, np.uint8)
 
     @classmethod
     def new(cls, size: int) -> "Arena":
@@ -35,6 +36,11 @@ class Arena:
             fd = os.dup(file.fileno())
         os.ftruncate(fd, size)
         return cls(fd, size)
+
+    def close(self) -> None:
+        """Give the memory back now: the mapping has a file of its own, which waits for a garbage collection otherwise."""
+        del self.memory
+        self._map.close()
 
 
 @dataclass

@@ -82,12 +82,15 @@ class Serve(Strict):
         keys: what clients of other protocols than ours call cameras, state and instruction.
         token_file: a file whose first line is the secret that clients send (``Authorization: Bearer <token>``).
         tls_cert, tls_key: PEM files; with them only ``wss://`` is spoken.
+        origins: web pages (``https://lab.example``) that may connect from a browser; others may not, whatever they know.
         batch: sessions answered in one call of the policy.
         window_ms: how long a batch waits at most for sessions that are about to ask again, as they did before; never more than a quarter
             of what a call of the policy takes, and never for a single session.
-        queue: requests that may wait; clients: connections at once; in_flight: requests of one connection at once.
+        queue: requests that may wait; in_flight: requests of one connection at once.
+        clients: connections at once; each_address: how many of them one address may have.
         rate: requests per second of one address, on average; twice as many may come at once.
-        frame_mib: largest frame.
+        frame_mib: largest frame; waiting_mib: pictures and numbers of all requests that wait or are under way.
+        silence: seconds after which a client that neither reads, nor answers a ping, nor ends the message it began is let go.
         deadline_ms: for requests that bring none; None waits as long as it takes.
         patience: seconds of one call after which the policy counts as hung, and is started anew.
         drain: seconds that requests in flight may take once the server was told to stop.
@@ -105,13 +108,17 @@ class Serve(Strict):
     token_file: str | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
+    origins: tuple[str, ...] = ()
     batch: PositiveInt = 8
     window_ms: NonNegativeFloat = 20.0
     queue: PositiveInt = 256
     clients: PositiveInt = 64
+    each_address: PositiveInt = 48
     in_flight: PositiveInt = 16
     rate: PositiveFloat = 500.0
     frame_mib: PositiveFloat = 64.0
+    waiting_mib: PositiveFloat = 1024.0
+    silence: PositiveFloat = 20.0
     deadline_ms: PositiveFloat | None = None
     patience: PositiveFloat = 300.0
     drain: NonNegativeFloat = 10.0

@@ -1,15 +1,107 @@
-"""One connection as a dialect sees it."""
+"""One connection as a dialect sees it, and what it may cost."""
 
+import asyncio
+import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from triune_client.wire import Limits, WireError, pack, unpack
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosedOK
+from websockets.frames import Frame, Opcode
 
 from .keys import Keys
-from .security import Rate, Token
+from .security import Rate, Room, Token
 from .service import Refusal
+
+FRAGMENTS = 4096
+"""Parts of one message. A part may be empty, so the bytes of a message do not bound them."""
+PINGS = 8
+"""Pings of a client that does not read. Answers to pings wait in memory, and asyncio counts what waits at each write."""
+
+
+class Bounded(ServerConnection):
+    """A connection that takes its place in ``room``, and ends when its client neither reads nor ends the message that it began.
+
+    Args:
+        room: where there is none the connection ends at once.
+        silence: seconds that bytes may wait for the client to read, and a message for its end.
+    """
+
+    def __init__(self, *args: Any, room: Room, silence: float, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.room, self.silence = room, silence
+        self._entered = False
+        self._pings = 0
+        self._stalled: asyncio.TimerHandle | None = None
+
+    @property
+    def address(self) -> str:
+        """Where the client is, without its port."""
+        return self._address
+
+    async def __aiter__(self) -> AsyncIterator[bytes | str]:
+        """Messages as they come, until the other side closes, or begins one that does not end."""
+        try:
+            while True:
+                yield await self._message()
+        except ConnectionClosedOK:
+            return
+        except TimeoutError:
+            await self.close(1008, f"a message did not end within {self.silence:g} s")
+        except _Shredded:
+            await self.close(1008, f"a message came in more than {FRAGMENTS} parts")
+
+    async def _message(self) -> bytes | str:
+        parts: list[Any] = []
+        async with asyncio.timeout(None) as limit:
+            async for part in self.recv_streaming():
+                if not parts:
+                    limit.reschedule(self.loop.time() + self.silence)
+                parts.append(part)
+                if len(parts) > FRAGMENTS:
+                    raise _Shredded
+        return parts[0] if len(parts) == 1 else type(parts[0])().join(parts)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        remote = transport.get_extra_info("peername")
+        self._address = str(remote[0]) if remote else "unknown"
+        self._entered = self.room.enter(self._address)
+        if not self._entered:
+            self._cut()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._entered:
+            self.room.leave(self._address)
+        if self._stalled is not None:
+            self._stalled.cancel()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._pings = 0
+        self._stalled = self.loop.call_later(self.silence, self._cut)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+
+    def process_event(self, event: Any) -> None:
+        super().process_event(event)
+        if self.paused and isinstance(event, Frame) and event.opcode is Opcode.PING:
+            self._pings += 1
+            if self._pings > PINGS:
+                self._cut()
+
+    def _cut(self) -> None:
+        """End at once, in the kernel too, which would keep for minutes what was not fetched."""
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
 
 class Connection(Protocol):
@@ -85,3 +177,7 @@ class Line:
         frame = pack(message)
         self.timed("encode", 1e3 * (time.perf_counter() - began))
         await self.connection.send(frame)
+
+
+class _Shredded(Exception):
+    """A message in too many parts."""

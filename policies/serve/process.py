@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 
 from ...errors import UserError
 from .channel import HEADER, Arena, Coder
+
+logger = logging.getLogger(__name__)
 
 
 class ProcessDied(Exception):
@@ -76,7 +79,7 @@ class Process:
     def ask(self, turn: dict[str, Any], answered: Callable[["dict[str, Any] | ProcessDied"], None]) -> None:
         """Send one turn (``worker.turn``). ``answered`` gets its answer, or why there is none, as soon as it is read: each step of a task
         would wait for the event loop."""
-        self.pipe.expect(lambda body: answered(ProcessDied(self._end()) if body is None else self.coder.decode(body)))
+        self.pipe.expect(lambda body: answered(self._read(body)))
         if turn:
             self.pipe.transport.write(self.coder.encode(turn))
 
@@ -103,10 +106,22 @@ class Process:
         if self.child.poll() is None:
             self.child.kill()
         self.child.wait()
+        self.coder.mine.close()
+        self.coder.theirs.close()
 
     def kill(self) -> None:
         """End a process that does not answer any more."""
         self.child.kill()
+
+    def _read(self, body: bytes | None) -> dict[str, Any] | ProcessDied:
+        if body is None:
+            return ProcessDied(self._end())
+        try:
+            message: dict[str, Any] = self.coder.decode(body)
+        except Exception as defect:  # what was sent and what was read may not belong together any more
+            logger.exception("an answer of the policy's process cannot be read")
+            return ProcessDied(type(defect).__name__)
+        return message
 
     def _end(self) -> str:
         try:

@@ -15,7 +15,7 @@ from typing import Any
 from triune_client.wire import Limits
 from websockets.asyncio.server import Server as Socket
 from websockets.asyncio.server import ServerConnection, serve
-from websockets.datastructures import Headers
+from websockets.datastructures import Headers, MultipleValuesError
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HTTPRequest
 from websockets.http11 import Response
@@ -23,13 +23,13 @@ from websockets.http11 import Response
 from ... import __version__
 from ...data.robot import load_robot
 from ...errors import UserError
-from .config import Serve
+from .config import LOOPBACK, Serve
 from .dialects import groot, harness, openpi, triune
-from .line import Connection, Line
+from .line import Bounded, Connection, Line
 from .operations import Operations
 from .process import Source
-from .security import Rate, Token, tls
-from .service import Refusal, Service
+from .security import Rate, Room, Token, from_a_page, names_this_machine, tls, watch_for_death, worth_logging
+from .service import Code, Refusal, Service
 from .zmtp import Broken, Peer
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,12 @@ logger = logging.getLogger(__name__)
 Dialect = Callable[[Line, Service, dict[str, Any]], Awaitable[None]]
 DIALECTS: Mapping[str, Dialect] = {"/v1": triune.speak, "/": openpi.speak, "/harness": harness.speak}
 """Path -> the protocol that is spoken there."""
+CODES: Mapping[int, Code] = {400: "bad_request", 401: "unauthorized", 403: "unauthorized", 404: "bad_request", 503: "busy"}
+"""Status of a refused connection -> the code under which it is counted."""
 HARNESS: Mapping[str, Dialect] = {"/": harness.speak}
 """The same of the harness's own port."""
+HANDSHAKES = 32
+"""Sockets beyond the connections that may be open: of clients that are not let in yet, and of operators."""
 
 
 class Server:
@@ -57,6 +61,7 @@ class Server:
         self.limits = Limits(frame=int(config.frame_mib * 2**20))
         self.rate = Rate(config.rate, 2 * config.rate)
         self.knocks = Rate(20.0, 100.0)
+        self.room = Room(config.clients + 2 * HANDSHAKES, config.each_address + HANDSHAKES)
         self.connections: Counter[str] = Counter()
         self.pages: dict[str, Callable[[], tuple[int, str, bytes]]] = {
             "/healthz": lambda: (200, "text/plain", b"OK\n"),
@@ -94,6 +99,7 @@ class Server:
             window=config.window_ms / 1e3,
             queue=config.queue,
             patience=config.patience,
+            memory=int(config.waiting_mib * 2**20),
             limits=limits,
             guarded=config.limits,
         )
@@ -135,6 +141,8 @@ class Server:
         except BaseException:
             self.operations.close()
             raise
+        if self.config.host not in LOOPBACK and self.ssl is None:
+            logger.warning("the token and all pictures cross the network readable by others: give tls_cert and tls_key")
         try:
             self.config.keys.check(self.service.contract)
             await self._listen("port", lambda port: self._websocket(port, DIALECTS))
@@ -156,6 +164,10 @@ class Server:
         logger.info("%s is %s:%d", name, self.config.host, self.port_of(name))
 
     def _websocket(self, port: int, dialects: Mapping[str, Dialect]) -> Awaitable[Socket]:
+        silence = self.config.silence
+        secure: dict[str, Any] = {} if self.ssl is None else {"ssl_handshake_timeout": silence, "ssl_shutdown_timeout": 3}
+        sockets = logging.getLogger(f"{__name__}.sockets")
+        sockets.addFilter(worth_logging)
         return serve(
             partial(self._serve, dialects),
             self.config.host,
@@ -164,9 +176,15 @@ class Server:
             process_request=partial(self._enter, dialects),
             compression=None,
             max_size=self.limits.frame,
-            max_queue=4,
-            open_timeout=10,
+            max_queue=(2, 0),
+            open_timeout=silence,
+            close_timeout=3,
+            ping_interval=silence,
+            ping_timeout=silence,
             server_header=None,
+            logger=sockets,
+            create_connection=partial(Bounded, room=self.room, silence=silence),  # type: ignore[arg-type]
+            **secure,
         )
 
     async def run(self) -> None:
@@ -193,8 +211,8 @@ class Server:
         websockets = [socket for socket in self._sockets.values() if isinstance(socket, Socket)]
         for socket in self._sockets.values():
             socket.close(close_connections=False) if isinstance(socket, Socket) else socket.close()
-        for connection in [connection for socket in websockets for connection in socket.connections]:
-            await connection.close(1001, "the server is stopping")
+        connections = [connection for socket in websockets for connection in socket.connections]
+        await asyncio.gather(*(connection.close(1001, "the server is stopping") for connection in connections))
         await self._part()
         for socket in self._sockets.values():
             await socket.wait_closed()
@@ -218,42 +236,61 @@ class Server:
 
     async def _enter(self, dialects: Mapping[str, Dialect], connection: ServerConnection, request: HTTPRequest) -> Response | None:
         """Answer what operators ask, and let those in who may speak."""
-        address = _address(connection)
+        assert isinstance(connection, Bounded)
         path = request.path.split("?")[0]
         if path in ("/healthz", "/readyz", "/health"):
             return _page(*self.pages[path]())
-        if not self.knocks.allows(address):
-            self.service.refused(Refusal("busy", "too many connections"), address)
+        if not self.knocks.allows(connection.address):
+            self.service.refused(Refusal("busy", "too many connections"), connection.address)
             return _page(429, "text/plain", b"too many connections; wait some seconds\n")
-        if not self.token.admits_header(request.headers.get("Authorization")):
-            self.service.refused(Refusal("unauthorized", "no token, or another one"), address)
-            return _page(401, "text/plain", b"this server needs its token: Authorization: Bearer <token>\n")
+        refused = self._refused(dialects, connection.address, path, request.headers)
+        if refused is not None:
+            self.service.refused(Refusal(CODES[refused[0]], refused[1]), connection.address)
+            return _page(refused[0], "text/plain", f"{refused[1]}\n".encode())
+        return _page(*self.pages[path]()) if path in self.pages else None
+
+    def _refused(self, dialects: Mapping[str, Dialect], address: str, path: str, headers: Headers) -> tuple[int, str] | None:
+        """Why somebody may not enter, as an HTTP status and a sentence."""
+        try:
+            origin, host, authorization = (headers.get(name) for name in ("Origin", "Host", "Authorization"))
+        except MultipleValuesError:
+            return 400, "a header came twice"
+        if from_a_page(origin, self.config.origins):
+            return 403, "web pages may not connect; the server's operator can name some in origins"
+        if not self.token.required and not names_this_machine(host, LOOPBACK):
+            return 403, "without a token this server answers as localhost only"
+        if not self.token.admits_header(authorization):
+            return 401, "this server needs its token: Authorization: Bearer <token>"
         if path in self.pages:
-            return _page(*self.pages[path]())
+            return None
         if path not in dialects:
-            return _page(404, "text/plain", f"nothing is spoken here; known: {', '.join(dialects)}\n".encode())
-        if self.full:
-            return _page(503, "text/plain", b"the server takes no more connections now\n")
+            return 404, f"nothing is spoken here; known: {', '.join(dialects)}"
+        full = self._full(address)
+        return None if full is None else (503, full)
+
+    def _full(self, address: str) -> str | None:
+        """Why no further client of an address is let in."""
+        if self.draining or self.connections.total() >= self.config.clients:
+            return "the server takes no more connections now"
+        if self.connections[address] >= self.config.each_address:
+            return "the server takes no more connections of this address; its operator can raise each_address"
         return None
 
-    @property
-    def full(self) -> bool:
-        """Whether no further client is let in."""
-        return self.draining or sum(self.connections.values()) >= self.config.clients
-
     async def _serve(self, dialects: Mapping[str, Dialect], connection: ServerConnection) -> None:
-        assert connection.request is not None
+        assert isinstance(connection, Bounded) and connection.request is not None
         path = connection.request.path.split("?")[0]
-        await self._talk(connection, dialects[path], _address(connection), path)
+        await self._talk(connection, dialects[path], connection.address, path)
 
     async def _peer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A client of GR00T."""
-        task, peer = asyncio.current_task(), Peer(reader, writer, self.limits.frame)
+        task, peer = asyncio.current_task(), Peer(reader, writer, self.limits.frame, self.config.silence)
         assert task is not None
         address = str((writer.get_extra_info("peername") or ["unknown"])[0])
         self._peers[peer] = task
+        entered = self.room.enter(address)
         try:
-            if self.knocks.allows(address) and not self.full:
+            if entered and self.knocks.allows(address) and self._full(address) is None:
+                watch_for_death(writer.get_extra_info("socket"), self.config.silence)
                 await peer.greet()
                 await self._talk(peer, groot.speak, address, "GR00T")
         except Broken as error:
@@ -261,6 +298,8 @@ class Server:
         finally:
             peer.abort()
             del self._peers[peer]
+            if entered:
+                self.room.leave(address)
 
     async def _talk(self, connection: Connection, dialect: Dialect, address: str, where: str) -> None:
         """Serve one connection until it closes."""
@@ -279,11 +318,6 @@ class Server:
             self.connections[address] -= 1
             self.connections += Counter()  # forgets addresses without connections
             logger.info("%s left", line.name)
-
-
-def _address(connection: ServerConnection) -> str:
-    remote = connection.remote_address
-    return str(remote[0]) if remote else "unknown"
 
 
 def _page(status: int, kind: str, body: bytes) -> Response:

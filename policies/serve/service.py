@@ -34,6 +34,7 @@ class Refusal(Exception):
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
         self.code = code
+        self.heard = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +139,7 @@ class Service:
         window: seconds that a batch waits at most for sessions that will ask again soon (``_hold``).
         queue: requests that may wait; further ones are refused as ``busy``.
         patience: seconds of one turn after which the policy's process is taken for hung and killed.
+        memory: bytes of pictures and numbers in all requests that wait or are under way; further ones are refused as ``busy``.
         restarts: deaths within a minute after which it is not started again.
         limits: of actions, as ``ActionLimits.from_dict`` reads them; those that the policy states unless given.
         guarded: whether chunks are kept inside limits at all.
@@ -150,6 +152,7 @@ class Service:
         window: float = 0.02,
         queue: int = 256,
         patience: float = 300.0,
+        memory: int = 1 << 30,
         restarts: int = 5,
         limits: dict[str, Any] | None = None,
         guarded: bool = True,
@@ -157,6 +160,7 @@ class Service:
         self.given, self.guarded = limits, guarded
         self.limits: ActionLimits | None = None
         self.source, self.window, self.limit, self.patience, self.restarts = source, window, queue, patience, restarts
+        self.memory, self.held = memory, 0
         self.listeners: list[Listener] = []
         self.sessions: dict[str, _Session] = {}
         self.waiting: deque[_Waiting] = deque()
@@ -200,6 +204,8 @@ class Service:
         until = time.monotonic() + patience
         while (self.waiting or self._turn or self.asked) and time.monotonic() < until:
             await asyncio.sleep(0.01)
+        for _ in range(20):  # turns of the loop in which those who waited for an answer send it
+            await asyncio.sleep(0)
 
     async def stop(self) -> None:
         """Refuse what still waits, and end the policy's process."""
@@ -239,16 +245,19 @@ class Service:
         Raises:
             Refusal: ``late``, ``busy``, ``bad_request``, ``worker`` or ``internal``, with a sentence for the client.
         """
-        began = time.perf_counter()
+        began, size = time.perf_counter(), _bytes(request)
         session = self.sessions.get(request.session)
         looked_at = [listener.wants_foresight(request) for listener in self.listeners]  # each counts its own samples
         drawn = foresight or any(looked_at)
         self.asked += 1
+        self.held += size
         try:
             if self.draining:
                 raise Refusal("worker", "the server is stopping; connect again when it is back")
             if session is None:
                 raise Refusal("bad_request", f"session '{request.session}' has not begun: send a reset before the first request")
+            if self.held > self.memory:
+                raise Refusal("busy", f"requests of {self.held >> 20} MiB wait already; send smaller pictures, or ask less often")
             if session.left:
                 session.gap = began - session.left
             session.pending += 1
@@ -262,11 +271,12 @@ class Service:
             chunk = answer["chunk"]
             actions, events = self._safe(session, request, chunk["actions"])
         except Refusal as refusal:
-            seconds = time.perf_counter() - began
+            seconds, refusal.heard = time.perf_counter() - began, True
             self._heard(Exchange(request, session.seed if session else 0, session.step if session else 0, None, refusal, seconds))
             raise
         finally:
             self.asked -= 1
+            self.held -= size
         said = (answer["timing"], answer["value"], events, answer["foresight"], answer["samples"])
         reply = Reply(actions, chunk["rate"], chunk["time"], *said)
         seconds = time.perf_counter() - began
@@ -286,7 +296,11 @@ class Service:
         guard, seen = session.guard, request.observation
         if session.answered is not None:
             before, then = session.answered
-            passed = round((seen.timestamp - then) * guard.rate) if seen.timestamp > then else self.contract.executed or len(before)
+            passed = (
+                round(min((seen.timestamp - then) * guard.rate, len(before)))
+                if seen.timestamp > then
+                else self.contract.executed or len(before)
+            )
             guard.sent(before[:passed], seen.state)
         safe, events = guard.check_chunk(actions, seen.state)
         if safe is None:
@@ -366,7 +380,7 @@ class Service:
         planned: set[str] = set()
         while self.waiting:
             head = self.waiting[0]
-            if head.future.done():  # late, or its client has gone
+            if head.kind == "plan" and head.future.done():  # late, or its client has gone
                 self.waiting.popleft()
                 continue
             if head.session in planned or len(planned) == self.source.batch:
@@ -388,7 +402,12 @@ class Service:
             "plan": [w.body for w in turn if w.kind == "plan"],
         }
         hung = asyncio.get_running_loop().call_later(self.patience, self.process.kill)
-        self.process.ask(commands, partial(self._answered, turn, time.perf_counter(), hung))
+        answered = partial(self._answered, turn, time.perf_counter(), hung)
+        try:
+            self.process.ask(commands, answered)
+        except Exception as defect:  # some of it may be sent
+            logger.exception("a turn cannot be sent")
+            answered(ProcessDied(type(defect).__name__))
 
     def _answered(self, turn: list[_Waiting], began: float, hung: asyncio.TimerHandle, answer: dict[str, Any] | ProcessDied) -> None:
         hung.cancel()
@@ -497,8 +516,8 @@ class Service:
             listener.timed(stage, ms)
 
     def refused(self, refusal: Refusal, client: str) -> None:
-        """Tell listeners of a message that was refused before it became a request."""
-        for listener in self.listeners:
+        """Tell listeners of a message that was refused, unless they heard of it as a request."""
+        for listener in self.listeners if not refusal.heard else ():
             listener.refused(refusal, client)
 
     def _heard(self, exchange: Exchange) -> None:
@@ -509,6 +528,12 @@ class Service:
 def _settle(waiting: _Waiting, answer: Any) -> None:
     if not waiting.future.done():
         waiting.future.set_result(answer)
+
+
+def _bytes(request: Request) -> int:
+    """What a request holds in memory."""
+    settled = 0 if request.prefix is None else request.prefix.actions.nbytes
+    return settled + request.observation.state.nbytes + sum(image.nbytes for image in request.observation.images.values())
 
 
 def _tree(request: Request, foresight: bool) -> dict[str, Any]:

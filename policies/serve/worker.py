@@ -80,7 +80,7 @@ def answers(policy: Policy, asked: list[dict[str, Any]]) -> list[dict[str, Any]]
             return [single for tree in asked for single in answers(policy, [tree])]
         if isinstance(error, UserError):
             return [{"code": "bad_request", "message": str(error)}]
-        logger.exception("the policy failed on session %s", asked[0]["session"])
+        logger.exception("the policy failed on session %r", asked[0]["session"])
         return [{"code": "internal", "message": "the policy failed on this request; the server's log says where"}]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import triune_client
 from triune_client import Client, EncodedImage, ServerError, WireError, decode_image, pack
 from websockets.frames import Opcode
 from websockets.server import ServerProtocol
@@ -322,9 +323,10 @@ def test_on_other_versions_of_what_it_needs(python: Path) -> None:
 
 def test_nothing_but_three_dependencies_is_imported() -> None:
     """A robot has no Pillow, and neither torch nor triune."""
+    path = [str(Path(triune_client.__file__).parent.parent), *sys.path]
     code = "import sys, triune_client; print(sorted({name.split('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)))"
     done = subprocess.run(
-        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {path!r}; {code}"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     outside = {name for name in ast.literal_eval(done.stdout) if not name.startswith("_")}

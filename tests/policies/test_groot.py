@@ -169,7 +169,7 @@ def difference(policy: TriunePolicy, robot: Robot, monkeypatch: pytest.MonkeyPat
         requests.append(Request(name, Observation(images, np.concatenate(list(state.values())), text)))
         policy.reset(name, seed=0)
         theirs.append(actions)
-    monkeypatch.setattr(policy, "_noise", lambda request: {"action": noise[request.session]})
+    monkeypatch.setattr(policy, "_noise", lambda request, sample: {"action": noise[request.session]})
     ours = np.stack([plan.chunk.actions for plan in policy.plan(requests)])
     assert ours.shape == np.shape(theirs) == (len(theirs), chunk(robot), sum(kind["action"].values()))
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

@@ -101,7 +101,7 @@ def difference(policy: TriunePolicy, kind: str, monkeypatch: pytest.MonkeyPatch)
         shown = {name: image for name, image in images.items() if name in policy.contract.camera_names}
         requests.append(Request(str(number), Observation(shown, state, text)))
         policy.reset(str(number), seed=number)
-    monkeypatch.setattr(policy, "_noise", lambda request: {"action": noise[request.session]})
+    monkeypatch.setattr(policy, "_noise", lambda request, sample: {"action": noise[request.session]})
     ours = np.stack([plan.chunk.actions for plan in policy.plan(requests)])
     theirs = np.array(GOLDEN["kinds"][kind]["answers"])
     assert theirs.shape == ours.shape == (len(CASES), CHUNK, KINDS[kind]["actions"])

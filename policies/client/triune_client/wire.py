@@ -30,7 +30,7 @@ class Limits:
     """What one message may hold; each is checked before memory is taken for it.
 
     Attributes:
-        frame: bytes of the message.
+        frame: bytes of the message, and of all its images when decoded.
         array: bytes of one array, of one binary string, and of one image when decoded.
         arrays: arrays, numpy scalars and encoded images together.
         length: entries of one list or map. A parser takes 8 bytes for every entry that a header announces, at each of at most 1,024
@@ -146,11 +146,11 @@ def _measure(message: object, left: int) -> None:
 class _Reader:
     """Counts what one message holds and turns marked maps into what they stand for."""
 
-    __slots__ = ("also", "arrays", "containers", "items", "limits")
+    __slots__ = ("also", "arrays", "containers", "items", "limits", "pixels")
 
     def __init__(self, limits: Limits, also: Callable[[dict[Any, Any]], object] | None) -> None:
         self.limits, self.also = limits, also
-        self.arrays = self.containers = self.items = 0
+        self.arrays = self.containers = self.items = self.pixels = 0
 
     def count(self, entries: int) -> None:
         self.containers += 1
@@ -172,7 +172,12 @@ class _Reader:
                 self.arrays += 1
                 if self.arrays > self.limits.arrays:
                     raise WireError(f"more than {self.limits.arrays} arrays in one message")
-                return make(entries, isinstance(marker, bytes), self.limits)
+                made = make(entries, isinstance(marker, bytes), self.limits)
+                if isinstance(made, EncodedImage):
+                    self.pixels += math.prod(made.shape)
+                    if self.pixels > self.limits.frame:
+                        raise WireError(f"the images have more than {self.limits.frame} bytes together when decoded")
+                return made
         return entries if self.also is None else self.also(entries)
 
 

@@ -130,6 +130,8 @@ class Talk:
             raise Refusal("unauthorized", "Unauthorized: Invalid API token")
         endpoint, data = word(message.get("endpoint", "get_action")), message.get("data")
         contract, keys = self.sessions.service.contract, self.line.keys
+        if not isinstance(endpoint, str):
+            raise Refusal("bad_request", "an endpoint is a text")
         if endpoint == "ping":
             return {"status": "ok", "message": "Server is running"}
         if endpoint == "get_modality_config":
@@ -220,6 +222,7 @@ async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
             try:
                 answer = await talk.answer(frame)
             except Refusal as refusal:
+                service.refused(refusal, line.name)
                 answer = {"error": public(str(refusal))}
             await line.connection.send(pack(answer))
     finally:

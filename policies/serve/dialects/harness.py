@@ -74,6 +74,7 @@ async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
                     known = "hello, episode_start, observation, episode_end"
                     raise Refusal("bad_request", f"there is no message '{word(kind)}'; known: {known}")
             except Refusal as refusal:
+                service.refused(refusal, line.name)
                 await _send(line, "error", {"error": public(str(refusal))}, number)
     finally:
         await service.close(session)

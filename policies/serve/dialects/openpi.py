@@ -50,6 +50,7 @@ async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
                 else:
                     answer = await _observed(message, line, sessions, before)
             except Refusal as refusal:
+                service.refused(refusal, line.name)
                 await _refuse(message, public(str(refusal)), line)
             else:
                 await line.send(answer)

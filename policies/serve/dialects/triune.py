@@ -10,12 +10,13 @@ and ``error {id, code, message}`` instead of any of the answers.
 """
 
 import asyncio
+import logging
 import math
 import time
 from typing import Any
 
 import numpy as np
-from triune_client.wire import EncodedImage, Limits, WireError, decode_image
+from triune_client.wire import EncodedImage, WireError, decode_image
 
 from ....config import parse
 from ....data import ActionChunk, Contract, Observation
@@ -24,6 +25,8 @@ from ...base import Request
 from ..line import Line
 from ..security import public
 from ..service import Refusal, Reply, Service
+
+logger = logging.getLogger(__name__)
 
 PROTOCOL = 1
 LONGEST = 100
@@ -55,7 +58,7 @@ async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
                     await line.send({"type": "welcome", "id": number} | welcome)
                     continue
                 if not greeted:
-                    raise Refusal("bad_request", f"the first message must be hello, and '{kind}' came")
+                    raise Refusal("bad_request", f"the first message must be hello, and '{kind[:20]}' came")
                 if len(tasks) >= line.in_flight:
                     raise Refusal("busy", f"{len(tasks)} requests of this connection are under way; wait for an answer before the next")
                 work = await _work(kind, message, line, service, sessions)
@@ -69,10 +72,11 @@ async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
             tasks.add(task)
             task.add_done_callback(tasks.discard)
     finally:
+        await asyncio.sleep(0)  # a task that is cancelled before its first step forgets what it was to do
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for name in sessions.values():
+        for name in [name for name in service.sessions if name.startswith(f"{line.name}/")]:
             await service.close(name)
 
 
@@ -106,10 +110,10 @@ def _greet(message: dict[str, Any], service: Service) -> None:
 async def _work(kind: str, message: dict[str, Any], line: Line, service: Service, sessions: dict[str, str]) -> Any:
     """What a message asks for, as a coroutine of the answer. Sessions begin and end in the order of messages."""
     if kind not in ("reset", "end", "infer"):
-        raise Refusal("bad_request", f"there is no message '{kind}'; known: hello, reset, infer, end")
+        raise Refusal("bad_request", f"there is no message '{kind[:20]}'; known: hello, reset, infer, end")
     name = message.get("session")
-    if not isinstance(name, str) or not 0 < len(name) <= LONGEST:
-        raise Refusal("bad_request", f"a message names its session, a text of 1 to {LONGEST} characters")
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST or not name.isprintable():
+        raise Refusal("bad_request", f"a message names its session, a text of 1 to {LONGEST} printable characters")
     if kind == "reset":
         seed = message.get("seed", line.seed + len(sessions))
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
@@ -122,7 +126,7 @@ async def _work(kind: str, message: dict[str, Any], line: Line, service: Service
         raise Refusal("bad_request", f"session '{name}' has not begun: send a reset before the first request")
     if kind == "end":
         return _ready(service.close(sessions.pop(name)))
-    request, decoded = await _request(message, sessions[name], service.contract, line.limits)
+    request, decoded = await _request(message, sessions[name], service.contract, line)
     deadline = _number(message, "deadline", line.deadline, least=0.0)
     if any(isinstance(image, EncodedImage) for image in message["observation"]["images"].values()):
         line.timed("pictures", decoded)
@@ -130,17 +134,19 @@ async def _work(kind: str, message: dict[str, Any], line: Line, service: Service
     return _plan(service.plan(request, deadline, foresight=message.get("foresight") is True), timing)
 
 
-async def _request(message: dict[str, Any], session: str, contract: Contract, limits: Limits) -> tuple[Request, float]:
+async def _request(message: dict[str, Any], session: str, contract: Contract, line: Line) -> tuple[Request, float]:
     """The request in a message, and the milliseconds that its pictures took."""
     began = time.perf_counter()
     seen = message.get("observation")
     if not isinstance(seen, dict) or not isinstance(seen.get("images"), dict):
         raise Refusal("bad_request", "an infer message has an observation: images by camera, state, instruction, timestamp")
     images = dict(seen["images"])
+    if not all(isinstance(camera, str) for camera in images):
+        raise Refusal("bad_request", "the names of cameras are texts")
     try:
         for camera, image in images.items():
             if isinstance(image, EncodedImage):
-                images[camera] = await asyncio.to_thread(decode_image, image, limits)
+                images[camera] = await asyncio.to_thread(decode_image, image, line.limits)
         words = {key: seen[key] for key in ("instruction", "embodiment", "subtask") if seen.get(key) is not None}
         if not all(isinstance(said, str) for said in words.values()):
             raise Refusal("bad_request", f"{', '.join(words)} must be texts")
@@ -163,7 +169,8 @@ def _array(value: Any, what: str) -> np.ndarray:
         value = np.array(value, np.float64) if numbers else None
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
         raise Refusal("bad_request", f"{what} must be an array of numbers")
-    return value
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as such
+        return value.astype(np.float32, copy=False)
 
 
 def _number(tree: dict[str, Any], key: str, default: float | None, least: float = -math.inf) -> float | None:
@@ -191,6 +198,9 @@ async def _answer(number: int, work: Any, line: Line) -> None:
         message = {"id": number} | await work
     except Refusal as refusal:
         message = _error(number, refusal)
+    except Exception:  # a client that gets no answer waits for ever
+        logger.exception("%s got no answer to request %d", line.name, number)
+        message = _error(number, Refusal("internal", "the server failed on this request; its log says where"))
     await line.send(message)
 
 

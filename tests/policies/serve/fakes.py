@@ -56,9 +56,9 @@ class Fake(Policy):
         if word == "sleep":
             time.sleep(float(rest))
         elif word == "raise":
-            raise RuntimeError("a defect, seen in /home/somebody/secret/place.py")
+            raise RuntimeError("a defect, seen in /srv/somebody/secret/place.py")
         elif word == "mistake":
-            raise UserError("the text is too long for /home/somebody/secret/policy.json; shorten it")
+            raise UserError("the text is too long for /srv/somebody/secret/policy.json; shorten it")
         elif word == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         session = self.sessions[request.session]

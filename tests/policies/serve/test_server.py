@@ -105,7 +105,9 @@ def test_pictures_may_come_encoded() -> None:
         ({"type": "infer", "session": "a"}, "has an observation"),
         ({"type": "infer", "session": "a", "observation": seen() | {"state": np.full(8, np.nan, np.float32)}}, "finite"),
         ({"type": "infer", "session": "a", "observation": seen(), "deadline": "soon"}, "deadline must be"),
-        ({"type": "infer", "session": "a", "observation": seen(), "delay": -1}, "delay and samples"),
+        ({"type": "infer", "session": "a", "observation": seen(), "delay": -1}, "delay must be"),
+        ({"type": "infer", "session": "a", "observation": seen() | {"state": [[1.0], [1.0, 2.0]]}}, "state must be an array"),
+        ({"type": "infer", "session": "a", "observation": seen() | {"images": {b"wrist": 1}}}, "names of cameras"),
         ({"type": "infer", "session": "b", "observation": seen()}, "has not begun"),
         ({"type": "infer", "observation": seen()}, "names its session"),
         ({"type": "reset", "session": "x" * 200}, "names its session"),
@@ -120,7 +122,7 @@ def test_bad_messages_get_a_sentence_and_the_connection_goes_on(message: dict[st
             await ask(socket, type="reset", session="a", seed=5)
             answer = await ask(socket, **message)
             assert answer["type"] == "error" and answer["code"] == "bad_request" and said in answer["message"]
-            assert "/home" not in answer["message"]
+            assert "/srv" not in answer["message"]
             assert (await ask(socket, type="infer", session="a", observation=seen()))["type"] == "plan"
 
     served(work)()
