@@ -84,7 +84,8 @@ class Serve(Strict):
         tls_cert, tls_key: PEM files; with them only ``wss://`` is spoken.
         origins: web pages (``https://lab.example``) that may connect from a browser; others may not, whatever they know.
         batch: sessions answered in one call of the policy.
-        window_ms: how long a batch waits for sessions that asked within the last second.
+        window_ms: how long a batch waits at most for sessions that are about to ask again, as they did before; never more than a quarter
+            of what a call of the policy takes, and never for a single session.
         queue: requests that may wait; in_flight: requests of one connection at once.
         clients: connections at once; each_address: how many of them one address may have.
         rate: requests per second of one address, on average; twice as many may come at once.
@@ -109,7 +110,7 @@ class Serve(Strict):
     tls_key: str | None = None
     origins: tuple[str, ...] = ()
     batch: PositiveInt = 8
-    window_ms: NonNegativeFloat = 4.0
+    window_ms: NonNegativeFloat = 20.0
     queue: PositiveInt = 256
     clients: PositiveInt = 64
     each_address: PositiveInt = 48

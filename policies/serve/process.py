@@ -1,18 +1,21 @@
 """The policy's process as the server sees it: started, asked turn by turn, started again when it dies."""
 
 import asyncio
-import contextlib
 import json
+import logging
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import UserError
 from .channel import HEADER, Arena, Coder
+
+logger = logging.getLogger(__name__)
 
 
 class ProcessDied(Exception):
@@ -39,9 +42,8 @@ class Source:
 class Process:
     """A running policy. ``ask`` takes one turn at a time; ``stop`` ends it."""
 
-    def __init__(self, child: subprocess.Popen[bytes], coder: Coder, streams: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
-        self.child, self.coder = child, coder
-        self.reader, self.writer = streams
+    def __init__(self, child: subprocess.Popen[bytes], coder: Coder, pipe: "_Pipe") -> None:
+        self.child, self.coder, self.pipe = child, coder, pipe
         self.introduction: dict[str, Any] = {}
 
     @classmethod
@@ -61,9 +63,10 @@ class Process:
         theirs.close()
         for fd in (requests.fd, answers.fd):
             os.close(fd)  # the mappings stay
-        process = cls(child, Coder(requests, answers), await asyncio.open_connection(sock=ours))
+        _, pipe = await asyncio.get_running_loop().create_connection(_Pipe, sock=ours)
+        process = cls(child, Coder(requests, answers), pipe)
         try:
-            first = await process._receive()
+            first = await process.tell({})
         except BaseException:
             await process.stop()
             raise
@@ -73,33 +76,36 @@ class Process:
         process.introduction = first["ready"]
         return process
 
-    async def ask(self, turn: dict[str, Any]) -> dict[str, Any]:
-        """The answer to one turn (``worker.turn``), with the milliseconds that it took under ``ms``.
+    def ask(self, turn: dict[str, Any], answered: Callable[["dict[str, Any] | ProcessDied"], None]) -> None:
+        """Send one turn (``worker.turn``). ``answered`` gets its answer, or why there is none, as soon as it is read: each step of a task
+        would wait for the event loop."""
+        self.pipe.expect(lambda body: answered(self._read(body)))
+        if turn:
+            self.pipe.transport.write(self.coder.encode(turn))
+
+    async def tell(self, turn: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one turn; to an empty one, what the process says first.
 
         Raises:
             ProcessDied: instead of an answer.
         """
-        began = time.perf_counter()
-        try:
-            self.writer.write(self.coder.encode(turn))
-            await self.writer.drain()
-            answer = await self._receive()
-        except ConnectionError:
-            raise ProcessDied(self._end()) from None
-        answer["ms"] = 1e3 * (time.perf_counter() - began)
+        future: asyncio.Future[dict[str, Any] | ProcessDied] = asyncio.get_running_loop().create_future()
+        self.ask(turn, lambda answer: None if future.done() else future.set_result(answer))
+        answer = await future
+        if isinstance(answer, ProcessDied):
+            raise answer
         return answer
 
     async def stop(self, patience: float = 5.0) -> None:
         """Let the process end, and end it if it does not within ``patience`` seconds."""
-        self.writer.close()
+        self.pipe.expect(lambda body: None)  # what was asked is not waited for
+        self.pipe.transport.close()
         until = time.monotonic() + patience
         while self.child.poll() is None and time.monotonic() < until:
             await asyncio.sleep(0.02)
         if self.child.poll() is None:
             self.child.kill()
         self.child.wait()
-        with contextlib.suppress(ConnectionError):
-            await self.writer.wait_closed()
         self.coder.mine.close()
         self.coder.theirs.close()
 
@@ -107,12 +113,14 @@ class Process:
         """End a process that does not answer any more."""
         self.child.kill()
 
-    async def _receive(self) -> dict[str, Any]:
+    def _read(self, body: bytes | None) -> dict[str, Any] | ProcessDied:
+        if body is None:
+            return ProcessDied(self._end())
         try:
-            size = HEADER.unpack(await self.reader.readexactly(HEADER.size))[0]
-            message: dict[str, Any] = self.coder.decode(await self.reader.readexactly(size))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            raise ProcessDied(self._end()) from None
+            message: dict[str, Any] = self.coder.decode(body)
+        except Exception as defect:  # what was sent and what was read may not belong together any more
+            logger.exception("an answer of the policy's process cannot be read")
+            return ProcessDied(type(defect).__name__)
         return message
 
     def _end(self) -> str:
@@ -121,3 +129,47 @@ class Process:
         except subprocess.TimeoutExpired:
             return "its connection broke"
         return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+class _Pipe(asyncio.Protocol):
+    """The server's end of the socket to the policy's process."""
+
+    transport: asyncio.Transport
+
+    def __init__(self) -> None:
+        self._received = bytearray()
+        self._reads: Callable[[bytes | None], None] | None = None
+        self._gone = False
+
+    def expect(self, reads: Callable[[bytes | None], None]) -> None:
+        """``reads`` gets the body of the next message, None where the other side has gone."""
+        self._reads = reads
+        if self._gone:
+            asyncio.get_running_loop().call_soon(self._settle)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        self._settle()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._gone = True
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._reads is None:
+            return
+        data, reads = self._received, self._reads
+        end = HEADER.size + HEADER.unpack_from(data)[0] if len(data) >= HEADER.size else sys.maxsize
+        if len(data) >= end:
+            body = bytes(data[HEADER.size : end])
+            del data[:end]
+        elif self._gone:
+            body = None
+        else:
+            return
+        self._reads = None
+        reads(body)

@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -111,17 +112,21 @@ class _Waiting:
     owner: "_Session | None" = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Session:
     """
     Attributes:
         step: plans that the policy has made for it since it began, also those that came too late for their client.
+        pending: requests that are not answered.
+        left: when the last answer was given; gap: seconds from then to the next request. Zero where nothing is known.
         answered: the last chunk and the timestamp of its observation.
     """
 
     seed: int
     step: int = 0
-    asked: float = 0.0
+    pending: int = 0
+    left: float = 0.0
+    gap: float = 0.0
     guard: Guard | None = None
     answered: tuple[np.ndarray, float] | None = None
 
@@ -131,7 +136,7 @@ class Service:
 
     Args:
         source: what makes the policy.
-        window: seconds that a batch waits for sessions that asked of late and will ask again soon.
+        window: seconds that a batch waits at most for sessions that will ask again soon (``_hold``).
         queue: requests that may wait; further ones are refused as ``busy``.
         patience: seconds of one turn after which the policy's process is taken for hung and killed.
         memory: bytes of pictures and numbers in all requests that wait or are under way; further ones are refused as ``busy``.
@@ -144,7 +149,7 @@ class Service:
         self,
         source: Source,
         *,
-        window: float = 0.004,
+        window: float = 0.02,
         queue: int = 256,
         patience: float = 300.0,
         memory: int = 1 << 30,
@@ -164,10 +169,14 @@ class Service:
         self.failed: BaseException | None = None
         self.draining = False
         self.asked = 0
-        self._arrived = asyncio.Event()
-        self._busy = False
+        self._busy = True
+        self._turn: list[_Waiting] = []
+        self._call = 0.0
+        self._free = 0.0
+        self._company: list[_Session] = []
+        self._timer: asyncio.TimerHandle | None = None
         self._deaths: deque[float] = deque(maxlen=restarts)
-        self._running: asyncio.Task[None] | None = None
+        self._mending: asyncio.Task[None] | None = None
 
     @property
     def contract(self) -> Contract:
@@ -186,26 +195,28 @@ class Service:
             UserError: the policy cannot be loaded, and why.
         """
         await self._begin()
-        self._running = asyncio.create_task(self._run())
+        self._next()
 
     async def drain(self, patience: float) -> None:
         """Take no more requests, and wait until nothing waits and nothing is under way, ``patience`` seconds at most."""
         self.draining = True
         self._tell("drain")
         until = time.monotonic() + patience
-        while (self.waiting or self._busy or self.asked) and time.monotonic() < until:
+        while (self.waiting or self._turn or self.asked) and time.monotonic() < until:
             await asyncio.sleep(0.01)
         for _ in range(20):  # turns of the loop in which those who waited for an answer send it
             await asyncio.sleep(0)
 
     async def stop(self) -> None:
         """Refuse what still waits, and end the policy's process."""
-        if self._running is not None:
-            self._running.cancel()
+        self._busy = True
+        if self._mending is not None:
+            self._mending.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._running
-        for waiting in self._take_all():
+                await self._mending
+        for waiting in [*self._turn, *self._take_all()]:
             self._refuse(waiting, Refusal("worker", "the server is stopping; connect again when it is back"))
+        self._turn = []
         if self.process is not None:
             await self.process.stop()
             self.process = None
@@ -218,7 +229,8 @@ class Service:
 
     async def close(self, session: str) -> None:
         """Forget a session, if it was ever begun."""
-        if self.sessions.pop(session, None) is not None:
+        if (ended := self.sessions.pop(session, None)) is not None:
+            ended.gap = 0.0
             self._tell("close", session)
             with contextlib.suppress(Refusal):  # a policy that has ended, or is about to, has forgotten it
                 await self._put("close", session, None)
@@ -246,8 +258,14 @@ class Service:
                 raise Refusal("bad_request", f"session '{request.session}' has not begun: send a reset before the first request")
             if self.held > self.memory:
                 raise Refusal("busy", f"requests of {self.held >> 20} MiB wait already; send smaller pictures, or ask less often")
-            session.asked = began
-            answer = await self._put("plan", request.session, _tree(request, drawn), deadline, session)
+            if session.left:
+                session.gap = began - session.left
+            session.pending += 1
+            try:
+                answer = await self._put("plan", request.session, _tree(request, drawn), deadline, session)
+            finally:
+                session.pending -= 1
+                session.left = time.perf_counter()
             if "code" in answer:
                 raise Refusal(answer["code"], answer["message"])
             chunk = answer["chunk"]
@@ -306,7 +324,7 @@ class Service:
         until = None if deadline is None else loop.time() + deadline
         waiting = _Waiting(kind, session, body, loop.create_future(), until, owner=owner)
         self.waiting.append(waiting)
-        self._arrived.set()
+        self._go()
         if deadline is None:
             return await waiting.future
         timer = loop.call_later(max(deadline, 0.0), self._late, waiting, deadline)
@@ -318,24 +336,40 @@ class Service:
     def _late(self, waiting: _Waiting, deadline: float) -> None:
         self._refuse(waiting, Refusal("late", f"no answer within {1e3 * deadline:.0f} ms; hold, and ask again with a new observation"))
 
-    async def _run(self) -> None:
-        """Turn after turn, for as long as the service lives."""
-        while True:
-            await self._arrived.wait()
-            if self.window and self._company() > len({w.session for w in self.waiting}):
-                await asyncio.sleep(self.window)
-            turn = self._next_turn()
-            if turn:
-                self._busy = True
-                await self._take(turn)
-                self._busy = False
-            if not self.waiting:
-                self._arrived.clear()
+    def _go(self) -> None:
+        """Begin a turn, if the policy is free and something waits whose time has come."""
+        if self._busy or not self.waiting:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        hold = self._hold()
+        if hold > 0:
+            self._timer = asyncio.get_running_loop().call_later(hold, self._go)
+            return
+        turn = self._next_turn()
+        if turn:
+            self._busy = True
+            self._take(turn)
 
-    def _company(self) -> int:
-        """Sessions that asked within the last second, as many as a batch holds: more than those may be worth waiting for."""
-        recent = time.perf_counter() - 1.0
-        return min(sum(s.asked > recent for s in self.sessions.values()), self.source.batch)
+    def _next(self) -> None:
+        """The policy is free again."""
+        self._busy, self._turn, self._free = False, [], time.perf_counter()
+        self._go()
+
+    def _hold(self) -> float:
+        """Seconds that what waits should wait for company: for sessions of the last two turns that will ask again soon, as they did before.
+
+        A batch waits no longer than ``window`` and a quarter of what a call takes, and never so long that it would miss a deadline. Without
+        others that are expected it does not wait.
+        """
+        now, longest = time.perf_counter(), min(self.window, self._call / 4)
+        if len(self._company) < 2 or len(self.waiting) >= self.source.batch:
+            return 0.0
+        if not any(not s.pending and s.gap and abs(s.left + s.gap - now) < longest for s in self._company):
+            return 0.0
+        spare = [w.deadline - asyncio.get_running_loop().time() - 2 * self._call for w in self.waiting if w.deadline is not None]
+        return min(max(self._free, self.waiting[0].since) + longest - now, *spare, longest)
 
     def _next_turn(self) -> list[_Waiting]:
         """What the policy does next: commands in the order in which they came, one plan of a session, as many plans as a batch holds.
@@ -358,37 +392,44 @@ class Service:
             turn.append(self.waiting.popleft())
         return turn
 
-    async def _take(self, turn: list[_Waiting]) -> None:
+    def _take(self, turn: list[_Waiting]) -> None:
+        """Send a turn to the policy."""
         assert self.process is not None
-        plans = [w for w in turn if w.kind == "plan"]
-        now = time.perf_counter()
+        self._turn = turn
         commands = {
             "close": [w.session for w in turn if w.kind == "close"],
             "reset": [[w.session, *w.body] for w in turn if w.kind == "reset"],
-            "plan": [w.body for w in plans],
+            "plan": [w.body for w in turn if w.kind == "plan"],
         }
         hung = asyncio.get_running_loop().call_later(self.patience, self.process.kill)
+        answered = partial(self._answered, turn, time.perf_counter(), hung)
         try:
-            answer = await self.process.ask(commands)
-        except ProcessDied as death:
-            await self._died(turn, death)
+            self.process.ask(commands, answered)
+        except Exception as defect:  # some of it may be sent
+            logger.exception("a turn cannot be sent")
+            answered(ProcessDied(type(defect).__name__))
+
+    def _answered(self, turn: list[_Waiting], began: float, hung: asyncio.TimerHandle, answer: dict[str, Any] | ProcessDied) -> None:
+        hung.cancel()
+        if isinstance(answer, ProcessDied):
+            self._mending = asyncio.create_task(self._died(turn, answer))
             return
-        except Exception as defect:  # what was sent and what was read may not belong together any more
-            logger.exception("a turn failed")
-            await self._died(turn, ProcessDied(type(defect).__name__))
-            return
-        finally:
-            hung.cancel()
+        plans, seconds = [w for w in turn if w.kind == "plan"], time.perf_counter() - began
         for waiting, tree in zip(plans, answer["answers"], strict=True):
             if "timing" in tree:
                 assert waiting.owner is not None
-                tree["timing"] |= {"queue": 1e3 * (now - waiting.since), "turn": answer["ms"], "batch": len(plans)}
+                tree["timing"] |= {"queue": 1e3 * (began - waiting.since), "turn": 1e3 * seconds, "batch": len(plans)}
                 tree["step"] = waiting.owner.step
                 waiting.owner.step += 1
             _settle(waiting, tree)
         for waiting in turn:
             if waiting.kind != "plan":
                 _settle(waiting, None)
+        if plans:
+            latest = [w.owner for w in plans if w.owner is not None]
+            self._company = latest + [s for s in self._company[: self.source.batch] if s not in latest]
+            self._call = seconds
+        self._next()
 
     async def _died(self, turn: Iterable[_Waiting], death: ProcessDied) -> None:
         """Refuse what was being answered, and start the policy again, with the sessions that it had."""
@@ -410,10 +451,12 @@ class Service:
             self._deaths.append(now)
             try:
                 await self._begin()
+                self._next()
                 return
             except (UserError, ProcessDied) as error:
                 self.failed = error
         logger.error("the policy is not started again: %s", self.failed)
+        self._turn = []
         for waiting in self._take_all():
             self._refuse(waiting, Refusal("worker", "the policy has ended and will not be started again; the server's log says why"))
 
@@ -425,7 +468,7 @@ class Service:
             await process.stop(patience=0)
             raise
         if self.sessions:
-            await process.ask({"close": [], "reset": [[name, s.seed, 0] for name, s in self.sessions.items()], "plan": []})
+            await process.tell({"close": [], "reset": [[name, s.seed, 0] for name, s in self.sessions.items()], "plan": []})
             for session in self.sessions.values():
                 session.step = 0
         self.process = process

@@ -31,6 +31,7 @@ import numpy as np
 MODES = ("absolute", "relative", None)
 UNCOUNTED = 1e-6
 """Changes smaller than this, relative to the number where that is above 1, are rounding and count as no event."""
+EVERYTHING = np.array(-np.inf), np.array(np.inf)
 
 
 @dataclass(frozen=True)
@@ -193,10 +194,9 @@ class Guard:
             raise ValueError(f"the control rate is {rate}; velocities need one above 0 Hz")
         self.limits, self.rate = limits, float(rate)
         self._reach, self._change = limits.velocity / rate, limits.acceleration / rate**2
-        self._brakes, self._boxed = (
-            bool(np.isfinite(self._change).any()),
-            limits.relative & (np.isfinite(limits.low) | np.isfinite(limits.high)),
-        )
+        self._slows, self._brakes = (bool(np.isfinite(most).any()) for most in (self._reach, self._change))
+        self._boxed = limits.relative & (np.isfinite(limits.low) | np.isfinite(limits.high))
+        self._steps, self._places = bool(limits.relative.any()), bool(self._boxed.any())
         self.counts: Counter[tuple[str, str]] = Counter()
         self.reset()
 
@@ -237,19 +237,20 @@ class Guard:
             float64 (C, A), or ``None`` where the first action is not finite and nothing is known to hold the robot.
         """
         actions, memory = self._shaped(actions, 2), self._told(self._memory, state)
-        passed, events = self._passing(actions, memory)
-        found = list(passed)
-        if found:
-            memory = self._ahead(passed, memory, len(passed))
-        for action in actions[len(found) :]:
-            safe, new = self._limit(action, memory)
-            events += new
-            if safe is None:
-                break
-            memory = self._moved(memory, safe)
-            found.append(safe)
+        chunk: np.ndarray | None
+        chunk, events = self._passing(actions, memory)
+        if len(chunk) < len(actions):
+            found, memory = list(chunk), self._after(chunk, memory)
+            for action in actions[len(found) :]:
+                safe, new = self._limit(action, memory)
+                events += new
+                if safe is None:
+                    break
+                memory = self._moved(memory, safe)
+                found.append(safe)
+            chunk = np.stack(found) if len(found) == len(actions) else None
         self.counts.update((event.kind, event.name) for event in events)
-        return (np.stack(found) if len(found) == len(actions) else None), events
+        return chunk, events
 
     def hold(self, state: np.ndarray | None = None) -> np.ndarray | None:
         """The action (A,) that keeps the robot where it is, or brings it there within its acceleration; it counts as sent.
@@ -265,7 +266,7 @@ class Guard:
         """Actions (C, A) or (A,) went to the robot without ``check``, such as the executed part of a chunk that ``check_chunk`` gave for
         ``state``."""
         actions = self._shaped(np.atleast_2d(actions), 2)
-        self._memory = self._ahead(actions, self._told(self._memory, state), len(actions))
+        self._memory = self._after(actions, self._told(self._memory, state))
 
     def _begin(self) -> _Memory:
         unknown = np.full(self.limits.size, np.nan)
@@ -303,27 +304,43 @@ class Guard:
             return None
         return _clip(still, *self._stages(memory, widened=True)[-1][1:])
 
-    def _ahead(self, actions: np.ndarray, memory: _Memory, step: int | slice) -> _Memory:
-        """What will have been sent before each of ``actions`` (C, A), and after the last one: rows 0 to C; of these ``step``."""
-        relative = self.limits.relative
-        last = np.concatenate([memory.last[None], actions])
-        steps = np.where(relative, actions, actions - last[:-1])
-        before = np.concatenate([memory.before[None], np.where(np.isnan(steps), 0.0, steps)])
-        place = np.concatenate([memory.place[None], np.where(relative, self.limits.scale * actions, 0.0)]).cumsum(0)
-        return _Memory(last[step], before[step], place[step])
+    def _after(self, actions: np.ndarray, memory: _Memory) -> _Memory:
+        """``_moved`` by each of ``actions`` (C, A)."""
+        if not len(actions):
+            return memory
+        relative, last = self.limits.relative, memory.last if len(actions) == 1 else actions[-2]
+        step = np.where(relative, actions[-1], actions[-1] - last)
+        place = self._along(actions, memory)[-1] if self._steps else memory.place
+        return _Memory(actions[-1].copy(), np.where(np.isnan(step), 0.0, step), place)
+
+    def _ahead(self, actions: np.ndarray, memory: _Memory) -> _Memory:
+        """What will have been sent before each of ``actions`` (C, A), as far as ``_stages`` asks for it."""
+        last, before, place = np.concatenate([memory.last[None], actions[:-1]]), memory.before, memory.place
+        if self._brakes:
+            steps = np.where(self.limits.relative, actions, actions - last)[:-1]
+            before = np.concatenate([memory.before[None], np.where(np.isnan(steps), 0.0, steps)])
+        if self._places:
+            place = self._along(actions, memory)[:-1]
+        return _Memory(last, before, place)
+
+    def _along(self, actions: np.ndarray, memory: _Memory) -> np.ndarray:
+        """Where the robot is before each of ``actions`` (C, A) and after the last one: (C + 1, A)."""
+        return np.concatenate([memory.place[None], np.where(self.limits.relative, self.limits.scale * actions, 0.0)]).cumsum(0)
 
     def _passing(self, actions: np.ndarray, memory: _Memory) -> tuple[np.ndarray, list[Event]]:
         """The first of ``actions`` (C, A), those to which nothing but ``min`` and ``max`` is done, and the events of that."""
         if self._unseen(memory).any() or not len(actions):
             return actions[:0], []
         inside = _clip(actions, self.limits.min, self.limits.max)
-        _, low, high = self._stages(self._ahead(inside, memory, slice(0, -1)))[-1]
-        fine = (np.isfinite(actions) & (low <= inside) & (inside <= high)).all(1)
-        count = len(fine) if fine.all() else int(fine.argmin())
+        _, low, high = self._stages(self._ahead(inside, memory))[-1]
+        fine = np.isfinite(actions) & (low <= inside) & (inside <= high)
+        count = len(fine) if fine.all() else int(fine.all(1).argmin())
+        inside, actions = inside[:count], actions[:count]
         rows, events = self.limits.dimensions, []
-        for k, i in np.argwhere(_differ(inside[:count], actions[:count])):
-            events.append(Event("position", rows[i].name, float(actions[k, i]), float(inside[k, i]), rows[i].unit))
-        return inside[:count], events
+        if (inside != actions).any():
+            for k, i in np.argwhere(_differ(inside, actions)):
+                events.append(Event("position", rows[i].name, float(actions[k, i]), float(inside[k, i]), rows[i].unit))
+        return inside, events
 
     def _unseen(self, memory: _Memory) -> np.ndarray:
         """(A,) whether there is a workspace of steps, and no state said where they begin."""
@@ -360,7 +377,7 @@ class Guard:
         limits, relative = self.limits, self.limits.relative
         base = np.where(relative, 0.0, memory.last)  # the action that does not move the robot
         box = limits.low / limits.scale, limits.high / limits.scale
-        if self._boxed.any():
+        if self._places:
             told = (limits.low - memory.place) / limits.scale, (limits.high - memory.place) / limits.scale
             unseen = np.isnan(memory.place)
             steps = np.where(unseen, -np.inf, np.minimum(told[0], 0.0)), np.where(unseen, np.inf, np.maximum(told[1], 0.0))
@@ -368,7 +385,7 @@ class Guard:
         low, high = np.maximum(limits.min, box[0]), np.minimum(limits.max, box[1])
         if widened:
             low, high = np.fmin(low, base), np.fmax(high, base)
-        slow = _around(base, -self._reach, self._reach)
+        slow = _around(base, -self._reach, self._reach) if self._slows else EVERYTHING
         within = last = _into((low, high), slow)
         if self._brakes:
             room = np.where(relative, -box[0], base - low), np.where(relative, box[1], high - base)
