@@ -182,8 +182,15 @@ def summary(body: Body, client: Client, loop: Loop, drives: list[Drive]) -> dict
         "ticks": ticks,
         "stalls": sum(d.stalls for d in drives),
         "late": sum(d.late for d in drives),
-        "stalled_share": sum(d.stalls for d in drives) / ticks if ticks else None,
+        "stalled_share": round(sum(d.stalls for d in drives) / ticks, 4) if ticks else None,
     }
+    for name in ("reaction_ms", "delay_ms", "jitter_ms"):
+        found = [getattr(d, name) for d in drives if getattr(d, name)]
+        if found:
+            total[f"{name} p50"] = round(float(np.median([quantiles["p50"] for quantiles in found])), 1)
+            total[f"{name} p99, worst episode"] = max(quantiles["p99"] for quantiles in found)
+    smooth = [d.smoothness for d in drives if d.smoothness is not None]
+    total |= {"smoothness": float(np.mean(smooth))} if smooth else {}
     if judged:
         total |= {"successes": sum(judged), "rate": sum(judged) / len(judged), "ci95": list(wilson(sum(judged), len(judged)))}
     welcome = client.welcome
