@@ -23,7 +23,7 @@ class Drive:
     Attributes:
         success: ``None`` where the body does not know.
         seconds: how long it took; ticks, executed: turns of the control loop, and those in which an action was sent.
-        stalls: ticks in which the robot had to hold although it had begun; late: ticks more than one and a half periods after the one before.
+        stalls: ticks in which the robot had to hold although it had begun; late: ticks over one and a half periods after the one before.
         held: why it held -> ticks. events: of the executor and of the guard -> how often.
         reaction_ms, delay_ms, jitter_ms: p50, p95, p99 of the time from an observation to the first action computed from it, from a
             question to its answer's effect, and of how much longer than a period two ticks were apart.

@@ -43,7 +43,7 @@ def test_requests_are_sent_together_and_answered_in_order() -> None:
         policy.foresight = True
         drawn = policy.act(request("a")).foresight
         assert drawn is not None and drawn()["agentview"].shape == (2, 2, 3)
-        policy.close()
+        policy.disconnect()
 
 
 def test_what_the_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_what_the_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             policy.act(request("draining"))
         policy.reset("a", seed=1)
         assert policy.act(request("a")).chunk.actions[0, 0] == 7
-        policy.close()
+        policy.disconnect()
     with pytest.raises(UserError, match="no connection to ws"):
         open_remote(server.url)
     with pytest.raises(UserError, match="in the clear"):
