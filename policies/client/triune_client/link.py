@@ -169,7 +169,8 @@ class Link:
 def _connect(leave: ExitStack, url: str, token: str | None, ca: str | None, wait: float, limits: Limits) -> _Direct:
     """A connection that ``leave`` ends: all versions of websockets know it as a context, 17.1 deprecates another way."""
     known = inspect.signature(connect).parameters
-    options: dict[str, Any] = {"create_connection": _Direct, "compression": None, "max_size": limits.frame, "open_timeout": wait, "close_timeout": 2.0}
+    options: dict[str, Any] = {"compression": None, "max_size": limits.frame, "open_timeout": wait, "close_timeout": 2.0}
+    options["create_connection"] = _Direct
     if token is not None:
         options["additional_headers"] = {"Authorization": f"Bearer {token}"}
     if url.startswith("wss:"):
