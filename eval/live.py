@@ -23,10 +23,10 @@ class Drive:
     Attributes:
         success: ``None`` where the body does not know.
         seconds: how long it took; ticks, executed: turns of the control loop, and those in which an action was sent.
-        stalls: ticks in which the robot had to hold although it had begun; late: ticks that began more than half a period after their time.
+        stalls: ticks in which the robot had to hold although it had begun; late: ticks more than one and a half periods after the one before.
         held: why it held -> ticks. events: of the executor and of the guard -> how often.
         reaction_ms, delay_ms, jitter_ms: p50, p95, p99 of the time from an observation to the first action computed from it, from a
-            question to its answer's effect, and of how late ticks began.
+            question to its answer's effect, and of how much longer than a period two ticks were apart.
         smoothness: mean squared third difference of what was sent; see ``statistics.smoothness``.
         facts: what else the body says.
     """
@@ -137,12 +137,12 @@ def _episode(body: Body, client: Client, robot: Realtime, loop: Loop, rate: floa
     before = dict(robot.guard.totals) if robot.guard is not None else {}
     sent: list[np.ndarray] = []
     lateness: list[float] = []
-    begun = due = clock.now()
+    begun = last = clock.now()
     for now in paced(rate, clock):
         if body.over or now - begun > loop.seconds:
             break
-        lateness.append(now - due)
-        due = max(due, now - 1 / rate) + 1 / rate
+        lateness.append(max(0.0, now - last - 1 / rate))
+        last = now
         seen = body.look()
         action = robot.tick({"observation": seen, "state": seen.state}, now)
         if robot.why is None:
@@ -182,8 +182,15 @@ def summary(body: Body, client: Client, loop: Loop, drives: list[Drive]) -> dict
         "ticks": ticks,
         "stalls": sum(d.stalls for d in drives),
         "late": sum(d.late for d in drives),
-        "stalled_share": sum(d.stalls for d in drives) / ticks if ticks else None,
+        "stalled_share": round(sum(d.stalls for d in drives) / ticks, 4) if ticks else None,
     }
+    for name in ("reaction_ms", "delay_ms", "jitter_ms"):
+        found = [getattr(d, name) for d in drives if getattr(d, name)]
+        if found:
+            total[f"{name} p50"] = round(float(np.median([quantiles["p50"] for quantiles in found])), 1)
+            total[f"{name} p99, worst episode"] = max(quantiles["p99"] for quantiles in found)
+    smooth = [d.smoothness for d in drives if d.smoothness is not None]
+    total |= {"smoothness": float(np.mean(smooth))} if smooth else {}
     if judged:
         total |= {"successes": sum(judged), "rate": sum(judged) / len(judged), "ci95": list(wilson(sum(judged), len(judged)))}
     welcome = client.welcome

@@ -37,7 +37,7 @@ async def ours(arguments: dict[str, object]) -> None:
     """Our server with a policy that does nothing."""
     from ...policies.serve import Serve, Server, Source
 
-    server = Server.of(Serve(port=0, rate=1e5), Source("triune.eval.bench.idle:Idle", arguments), "idle")
+    server = Server.of(Serve(port=0, rate=1e5, standby=False), Source("triune.eval.bench.idle:Idle", arguments), "idle")
     await server.start()
     say(server.port)
     await server.run()

@@ -92,6 +92,8 @@ class Serve(Strict):
         frame_mib: largest frame; waiting_mib: pictures and numbers of all requests that wait or are under way.
         silence: seconds after which a client that neither reads, nor answers a ping, nor ends the message it began is let go.
         deadline_ms: for requests that bring none; None waits as long as it takes.
+        standby: whether a process that has imported everything, and holds no weights, stands by for when the policy's dies: it is back in a
+            second or two, and some hundred MB of memory are taken.
         patience: seconds of one call after which the policy counts as hung, and is started anew.
         drain: seconds that requests in flight may take once the server was told to stop.
         robot: mapping of the robot (a name in configs/robot, or a file) whose limits of actions are kept; the range of the training data
@@ -120,6 +122,7 @@ class Serve(Strict):
     waiting_mib: PositiveFloat = 1024.0
     silence: PositiveFloat = 20.0
     deadline_ms: PositiveFloat | None = None
+    standby: bool = True
     patience: PositiveFloat = 300.0
     drain: NonNegativeFloat = 10.0
     robot: str | None = None

@@ -12,7 +12,7 @@ from .server import Server
 
 @contextmanager
 def serving(source: Source, name: str, settings: Serve | None = None) -> Iterator[Server]:
-    """A running server on this machine's loopback and a free port, unless ``settings`` say otherwise.
+    """A running server on this machine's loopback and a free port, unless ``settings`` say otherwise; no process stands by.
 
     Raises:
         UserError: the policy cannot be loaded.
@@ -25,7 +25,7 @@ def serving(source: Source, name: str, settings: Serve | None = None) -> Iterato
         asyncio.run_coroutine_threadsafe(work, loop).result()  # type: ignore[arg-type]
 
     try:
-        server = Server.of(settings or Serve(port=0), source, name)
+        server = Server.of((settings or Serve(port=0)).model_copy(update={"standby": False}), source, name)
         run(server.start())
         try:
             yield server

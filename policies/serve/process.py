@@ -1,6 +1,7 @@
 """The policy's process as the server sees it: started, asked turn by turn, started again when it dies."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -42,39 +43,64 @@ class Source:
 class Process:
     """A running policy. ``ask`` takes one turn at a time; ``stop`` ends it."""
 
-    def __init__(self, child: subprocess.Popen[bytes], coder: Coder, pipe: "_Pipe") -> None:
-        self.child, self.coder, self.pipe = child, coder, pipe
+    def __init__(self, child: subprocess.Popen[bytes], coder: Coder, pipe: "_Pipe", spare: bool) -> None:
+        self.child, self.coder, self.pipe, self.spare = child, coder, pipe, spare
         self.introduction: dict[str, Any] = {}
+        self.modules: list[str] = []
 
     @classmethod
     async def start(cls, source: Source) -> "Process":
-        """Start the process and wait until its policy is loaded and warm.
+        """A process whose policy is loaded and warm.
 
         Raises:
             UserError: the policy says why it cannot be loaded.
             ProcessDied: it ended without a word.
         """
+        process = await cls._spawn(source, spare=False)
+        await process.load()
+        return process
+
+    @classmethod
+    async def prepare(cls, source: Source, modules: list[str]) -> "Process":
+        """A process that has imported ``modules``, which is most of what starting takes, and holds no policy until ``load``.
+
+        Raises:
+            ProcessDied: it ended.
+        """
+        process = await cls._spawn(source, spare=True)
+        try:
+            await process.tell({"modules": modules})
+        except BaseException:
+            await process.stop(patience=0)
+            raise
+        return process
+
+    async def load(self) -> None:
+        """Load and warm the policy; ``introduction`` is what it says of itself, ``modules`` what it imported. Raises as ``start``."""
+        try:
+            first = await self.tell({"load": True} if self.spare else {})
+        except BaseException:
+            await self.stop(patience=0)
+            raise
+        if "refused" in first:
+            await self.stop()
+            raise UserError(first["refused"])
+        self.introduction, self.modules = first["ready"], first["modules"]
+
+    @classmethod
+    async def _spawn(cls, source: Source, spare: bool) -> "Process":
         requests, answers = Arena.new(source.memory), Arena.new(source.memory)
         ours, theirs = socket.socketpair()
         fds = {"socket": theirs.fileno(), "requests": requests.fd, "answers": answers.fd}
         settings = fds | {"size": source.memory, "policy": source.policy, "arguments": source.arguments, "batch": source.batch}
+        settings["spare"] = spare
         command = [sys.executable, "-m", "triune.policies.serve.worker", json.dumps(settings)]
         child = subprocess.Popen(command, pass_fds=tuple(fds.values()), stdin=subprocess.DEVNULL)
         theirs.close()
         for fd in (requests.fd, answers.fd):
             os.close(fd)  # the mappings stay
         _, pipe = await asyncio.get_running_loop().create_connection(_Pipe, sock=ours)
-        process = cls(child, Coder(requests, answers), pipe)
-        try:
-            first = await process.tell({})
-        except BaseException:
-            await process.stop()
-            raise
-        if "refused" in first:
-            await process.stop()
-            raise UserError(first["refused"])
-        process.introduction = first["ready"]
-        return process
+        return cls(child, Coder(requests, answers), pipe, spare)
 
     def ask(self, turn: dict[str, Any], answered: Callable[["dict[str, Any] | ProcessDied"], None]) -> None:
         """Send one turn (``worker.turn``). ``answered`` gets its answer, or why there is none, as soon as it is read: each step of a task
@@ -129,6 +155,47 @@ class Process:
         except subprocess.TimeoutExpired:
             return "its connection broke"
         return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+class Standby:
+    """Starts processes of a source, and keeps one more that has imported everything, so that the next start takes as long as loading
+    weights: of the 8 s that a small policy needs on one core, 7 are imports.
+
+    Args:
+        wanted: whether one is kept. It holds what the imports take, some hundred MB, and no weights.
+    """
+
+    def __init__(self, source: Source, wanted: bool) -> None:
+        self.source, self.wanted = source, wanted
+        self._next: asyncio.Task[Process] | None = None
+
+    async def start(self) -> Process:
+        """A process whose policy is loaded and warm; raises as ``Process.start``."""
+        prepared, self._next = self._next, None
+        if prepared is not None:
+            try:
+                process = await prepared
+                await process.load()
+                return process
+            except ProcessDied as death:
+                logger.warning("the process that stood by ended (%s); another is started", death)
+        return await Process.start(self.source)
+
+    def prepare(self, modules: list[str]) -> None:
+        """Let one more get ready beside the one that was started."""
+        if self.wanted:
+            self._next = asyncio.create_task(Process.prepare(self.source, modules))
+
+    async def stop(self) -> None:
+        """End the one that stands by."""
+        prepared, self._next = self._next, None
+        if prepared is None:
+            return
+        if prepared.cancel():
+            with contextlib.suppress(asyncio.CancelledError):
+                await prepared
+        elif prepared.exception() is None:
+            await prepared.result().stop(patience=0)
 
 
 class _Pipe(asyncio.Protocol):

@@ -102,6 +102,7 @@ class Server:
             memory=int(config.waiting_mib * 2**20),
             limits=limits,
             guarded=config.limits,
+            standby=config.standby,
         )
         return cls(config, service, name)
 

@@ -21,7 +21,7 @@ from ...config import parse
 from ...data import Contract
 from ...errors import UserError
 from ..base import Request
-from .process import Process, ProcessDied, Source
+from .process import Process, ProcessDied, Source, Standby
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,7 @@ class Service:
         restarts: deaths within a minute after which it is not started again.
         limits: of actions, as ``ActionLimits.from_dict`` reads them; those that the policy states unless given.
         guarded: whether chunks are kept inside limits at all.
+        standby: whether a process stands by for when the policy's dies; see ``process.Standby``.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Service:
         restarts: int = 5,
         limits: dict[str, Any] | None = None,
         guarded: bool = True,
+        standby: bool = False,
     ) -> None:
         self.given, self.guarded = limits, guarded
         self.limits: ActionLimits | None = None
@@ -165,6 +167,7 @@ class Service:
         self.sessions: dict[str, _Session] = {}
         self.waiting: deque[_Waiting] = deque()
         self.process: Process | None = None
+        self.standby = Standby(source, standby)
         self.introduction: dict[str, Any] = {}
         self.failed: BaseException | None = None
         self.draining = False
@@ -220,6 +223,7 @@ class Service:
         if self.process is not None:
             await self.process.stop()
             self.process = None
+        await self.standby.stop()
 
     async def reset(self, session: str, seed: int, step: int = 0) -> None:
         """Begin an episode of ``session``, whose noise is keyed by ``seed``, at its plan number ``step``."""
@@ -459,7 +463,7 @@ class Service:
             self._refuse(waiting, Refusal("worker", "the policy has ended and will not be started again; the server's log says why"))
 
     async def _begin(self) -> None:
-        process = await Process.start(self.source)
+        process = await self.standby.start()
         try:
             self._introduced(process.introduction)
         except UserError:
@@ -470,6 +474,7 @@ class Service:
             for session in self.sessions.values():
                 session.step = 0
         self.process = process
+        self.standby.prepare(process.modules)
         self._tell("started")
 
     def _introduced(self, said: dict[str, Any]) -> None:

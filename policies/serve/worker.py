@@ -31,6 +31,8 @@ def main() -> None:
     set_up_as_told()
     sock = socket.socket(fileno=settings["socket"])
     coder = Coder(Arena(settings["answers"], settings["size"]), Arena(settings["requests"], settings["size"]))
+    if settings["spare"] and not wait(sock, coder):
+        return
     try:
         policy = make(settings["policy"], settings["arguments"])
         policy.warm(settings["batch"])
@@ -38,9 +40,23 @@ def main() -> None:
         sock.sendall(coder.encode({"refused": str(error)}))
         return
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server stopped without waiting for the answer
-        sock.sendall(coder.encode({"ready": introduction(policy)}))
+        sock.sendall(coder.encode({"ready": introduction(policy), "modules": list(sys.modules)}))
         while (body := receive(sock)) is not None:
             sock.sendall(coder.encode(turn(policy, coder.decode(body))))
+
+
+def wait(sock: socket.socket, coder: Coder) -> bool:
+    """Import what the policy before this one had imported, then wait until it is needed; False where the server stopped before."""
+    wanted = receive(sock)
+    if wanted is None:
+        return False
+    for name in coder.decode(wanted)["modules"]:
+        if name not in sys.modules:
+            with contextlib.suppress(ImportError):  # made by another module, which has it when it needs it
+                importlib.import_module(name)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        sock.sendall(coder.encode({"prepared": True}))
+    return receive(sock) is not None
 
 
 def make(name: str, arguments: dict[str, Any]) -> Policy:

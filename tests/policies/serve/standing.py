@@ -73,9 +73,18 @@ class Standing:
         """Number of the policy's process."""
         return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0])
 
-    def socket(self, address: str = "127.0.0.1") -> socket.socket:
-        """A bare socket to the server, from ``address``."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10, source_address=(address, 0))
+    def socket(self, address: str = "127.0.0.1", buffer: int | None = None) -> socket.socket:
+        """A bare socket to the server, from ``address``, for which the kernel keeps ``buffer`` bytes that were not read.
+
+        That is said before it connects: a window that shrinks later makes the kernel drop what confirms our own bytes.
+        """
+        bare = socket.socket()
+        bare.settimeout(10)
+        if buffer is not None:
+            bare.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        bare.bind((address, 0))
+        bare.connect(("127.0.0.1", self.port))
+        return bare
 
 
 def rss(pid: int) -> float:

@@ -77,9 +77,7 @@ def ask(socket: ClientConnection, **message: Any) -> dict[str, Any]:
 
 def upgraded(server: Standing, address: str = "127.0.0.1", buffer: int | None = None) -> socket.socket:
     """A socket on which websocket frames may be sent, by hand."""
-    bare = server.socket(address)
-    if buffer is not None:
-        bare.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    bare = server.socket(address, buffer)
     bare.sendall(UPGRADE + b"\r\n")
     assert b" 101 " in until(bare, b"\r\n\r\n")
     return bare

@@ -127,6 +127,9 @@ class Thoughtless:
     async def close(self, session: str) -> None:
         self.sessions.pop(session, None)
 
+    def refused(self, refusal: Refusal, client: str) -> None:
+        """Nobody listens."""
+
     async def plan(self, request: Request, deadline: float | None = None, foresight: bool = False) -> Reply:
         if request.session not in self.sessions:
             raise Refusal("bad_request", "no such session")

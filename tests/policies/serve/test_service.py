@@ -153,6 +153,32 @@ def test_a_policy_that_is_killed_costs_one_error_and_its_sessions_begin_anew() -
     with_service(work, size=32)
 
 
+def test_the_process_that_stands_by_takes_over() -> None:
+    async def work(service: Service) -> None:
+        service.standby.wanted = True
+        for _ in range(3):
+            service.standby.prepare([*service.process.modules, "no_such_module"])  # type: ignore[union-attr]
+            assert service.standby._next is not None
+            waiting = (await service.standby._next).child.pid
+            await service.reset("a", 3)
+            with pytest.raises(Refusal, match="signal 9"):
+                await service.plan(asking("a", instruction="die"))
+            request = asking("a")
+            reply = await service.plan(request)
+            np.testing.assert_array_equal(reply.actions, expected(3, 0, request.observation.state, request.observation.images))
+            assert service.process is not None and service.process.child.pid == waiting
+            await service.standby.stop()
+        service.standby.prepare(service.process.modules)
+        assert service.standby._next is not None
+        (await service.standby._next).kill()  # it may die, too
+        with pytest.raises(Refusal, match="signal 9"):
+            await service.plan(asking("a", instruction="die"))
+        await service.plan(asking("a"))
+        service.standby.prepare(service.process.modules)  # one that is still getting ready is ended with the service
+
+    with_service(work, size=32)
+
+
 def test_a_policy_that_dies_again_and_again_is_given_up() -> None:
     async def work(service: Service) -> None:
         service.restarts = 2
