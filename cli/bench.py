@@ -10,7 +10,7 @@ from .output import print_json, print_table
 
 
 def bench(
-    what: Annotated[list[str] | None, typer.Argument(help="loader, inference, rollout, server; all of them unless said.")] = None,
+    what: Annotated[list[str] | None, typer.Argument(help="loader, inference, rollout, server; all, in this order, unless said.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write JSON files and a Markdown table into this folder.")] = None,
     peer: Annotated[
         Path | None, typer.Option(help="server: a Python file that serves openpi's protocol on the port of its first argument.")

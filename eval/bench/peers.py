@@ -1,6 +1,7 @@
 """The other ends of the server benchmark, each a process that prints its port and runs until it is ended.
 
-python -m triune.eval.bench.peers ours '{"seconds": [0.05, 0.05]}' | echo BYTES BYTES | defaults BYTES | shaped PORT MBIT SECONDS
+python -m triune.eval.bench.peers KIND ..., where KIND is one of ours '{"seconds": [0.05, 0.05]}', echo BYTES BYTES, streams BYTES BYTES,
+defaults BYTES, shaped PORT MBIT SECONDS
 """
 
 import asyncio
@@ -17,6 +18,8 @@ def main() -> None:
     kind, *arguments = sys.argv[1:]
     if kind == "echo":
         echo(*(int(a) for a in arguments))
+    elif kind == "streams":
+        asyncio.run(streams(*(int(a) for a in arguments)))
     elif kind == "ours":
         asyncio.run(ours(json.loads(arguments[0])))
     elif kind == "defaults":
@@ -56,6 +59,24 @@ def echo(takes: int, gives: int) -> None:
                     if have < takes:
                         break
                     connection.sendall(answer)
+
+
+async def streams(takes: int, gives: int) -> None:
+    """The same over asyncio's streams."""
+    answer = bytes(gives)
+
+    async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                await reader.readexactly(takes)
+                writer.write(answer)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    async with await asyncio.start_server(reply, "127.0.0.1", 0) as server:
+        say(server.sockets[0].getsockname()[1])
+        await until_told()
 
 
 async def defaults(gives: int) -> None:

@@ -37,7 +37,11 @@ def run(peer: Path | None = None, minutes: float = 10.0, thinking: float = 60.0)
 
 
 def overhead(peer: Path | None) -> list[Row]:
-    """Round trips of two pictures of 224 x 224 and a state for a chunk of 50 x 32 actions."""
+    """Round trips of two pictures of 224 x 224 and a state for a chunk of 50 x 32 actions, whose policy takes no time.
+
+    Beside: the limit, which is as many bytes there and back over blocking sockets, read and answered by a process that does nothing else;
+    the same over asyncio's streams, which is what any server that has an event loop pays; and a peer's server.
+    """
     from triune_client import Client
     from triune_client.wire import pack
 
@@ -49,14 +53,20 @@ def overhead(peer: Path | None) -> list[Row]:
         ours.reset()
         raw = stack.enter_context(socket.create_connection(("127.0.0.1", stack.enter_context(process("echo", len(question), len(answer))))))
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        streams = stack.enter_context(
+            socket.create_connection(("127.0.0.1", stack.enter_context(process("streams", len(question), len(answer)))))
+        )
+        streams.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         other, name = _other(stack, peer, seen, question, len(answer))
-        spent = in_rounds([lambda: ours.infer(seen), lambda: _raw(raw, question, len(answer)), other])
-    p50, limit, theirs = (1e3 * statistics.median(times) for times in spent)
+        echoes = [lambda: _raw(raw, question, len(answer)), lambda: _raw(streams, question, len(answer))]
+        spent = in_rounds([lambda: ours.infer(seen), *echoes, other])
+    p50, limit, loop, theirs = (1e3 * statistics.median(times) for times in spent)
     p99 = 1e3 * float(np.quantile(spent[0], 0.99))
     return [
         row("overhead p50", p50, 1.5, "limit", "ms", 1.0),
         row("overhead p99", p99, 1e3 * float(np.quantile(spent[1], 0.99)), "raw TCP echo p99", "ms"),
-        row("overhead p50 beside raw TCP", p50, limit, "raw TCP echo of the same bytes", "ms", 0.25),
+        row("overhead p50 beside raw TCP", p50, limit, "raw TCP echo of the same bytes, blocking sockets", "ms", 0.25),
+        row("overhead p50 beside asyncio", p50, loop, "the same echo over asyncio's streams", "ms"),
         row("overhead p50 beside a peer", p50, theirs, name, "ms"),
     ]
 
@@ -109,19 +119,22 @@ def alive(seconds: float) -> list[Row]:
 
 
 def together(clients: int = 8, seconds: float = 8.0) -> list[Row]:
-    """Eight clients, each asking again as soon as it is answered, of a policy whose calls cost the same for one as for eight."""
+    """Eight clients, each asking again as soon as it is answered, of a policy whose calls cost the same for one as for eight.
+
+    The clients are threads of this process, so what they and the server compute between two calls counts against the server.
+    """
     from triune_client import Client
 
     seen, counts = observation(2, (224, 224)), [0] * clients
     with process("ours", f'{{"seconds": [{THINKS}, {THINKS}]}}') as port, contextlib.ExitStack() as stack:
-        links = [stack.enter_context(Client(f"ws://127.0.0.1:{port}")) for _ in range(clients)]
+        links, batches = [stack.enter_context(Client(f"ws://127.0.0.1:{port}")) for _ in range(clients)], [0.0]
         for link in links:
             link.reset()
         until = time.perf_counter() + seconds
 
         def drive(i: int) -> None:
             while time.perf_counter() < until:
-                links[i].infer(seen)
+                batches.append(links[i].infer(seen).timing["batch"])
                 counts[i] += 1
 
         threads = [threading.Thread(target=drive, args=(i,)) for i in range(clients)]
@@ -131,7 +144,10 @@ def together(clients: int = 8, seconds: float = 8.0) -> list[Row]:
         for thread in threads:
             thread.join()
         rate = sum(counts) / (time.perf_counter() - began)
-    return [row(f"{clients} clients together", rate, clients / THINKS, f"the policy at batch {clients}", "chunks/s", 0.7)]
+    return [
+        row(f"{clients} clients together", rate, clients / THINKS, f"the policy at batch {clients}", "chunks/s", 0.7),
+        row(f"{clients} clients together: mean batch", statistics.mean(batches[1:]), clients, "clients", "chunks/s") | {"unit": "requests"},
+    ]
 
 
 def realtime(minutes: float, rate: float = 50.0) -> list[Row]:

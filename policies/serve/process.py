@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from ...errors import UserError
 from .channel import HEADER, Arena, Coder
@@ -215,8 +215,7 @@ class _Pipe(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._settle)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # other event loops have classes of their own
 
     def data_received(self, data: bytes) -> None:
         self._received += data

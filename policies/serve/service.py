@@ -117,14 +117,14 @@ class _Session:
     """
     Attributes:
         step: plans that the policy has made for it since it began, also those that came too late for their client.
-        pending: requests that are not answered.
-        left: when the last answer was given; gap: seconds from then to the next request. Zero where nothing is known.
+        asked, left: when it asked last, and when the policy had its last answer; gap: seconds from an answer to the next request. Zero
+            where nothing is known.
         answered: the last chunk and the timestamp of its observation.
     """
 
     seed: int
     step: int = 0
-    pending: int = 0
+    asked: float = 0.0
     left: float = 0.0
     gap: float = 0.0
     guard: Guard | None = None
@@ -262,14 +262,10 @@ class Service:
                 raise Refusal("bad_request", f"session '{request.session}' has not begun: send a reset before the first request")
             if self.held > self.memory:
                 raise Refusal("busy", f"requests of {self.held >> 20} MiB wait already; send smaller pictures, or ask less often")
-            if session.left:
+            if session.left > session.asked:
                 session.gap = began - session.left
-            session.pending += 1
-            try:
-                answer = await self._put("plan", request.session, _tree(request, drawn), deadline, session)
-            finally:
-                session.pending -= 1
-                session.left = time.perf_counter()
+            session.asked = began
+            answer = await self._put("plan", request.session, _tree(request, drawn), deadline, session)
             if "code" in answer:
                 raise Refusal(answer["code"], answer["message"])
             chunk = answer["chunk"]
@@ -370,7 +366,7 @@ class Service:
         now, longest = time.perf_counter(), min(self.window, self._call / 4)
         if len(self._company) < 2 or len(self.waiting) >= self.source.batch:
             return 0.0
-        if not any(not s.pending and s.gap and abs(s.left + s.gap - now) < longest for s in self._company):
+        if not any(s.left > s.asked and s.gap and abs(s.left + s.gap - now) < longest for s in self._company):
             return 0.0
         spare = [w.deadline - asyncio.get_running_loop().time() - 2 * self._call for w in self.waiting if w.deadline is not None]
         return min(max(self._free, self.waiting[0].since) + longest - now, *spare, longest)
@@ -433,6 +429,8 @@ class Service:
             latest = [w.owner for w in plans if w.owner is not None]
             self._company = latest + [s for s in self._company[: self.source.batch] if s not in latest]
             self._call = seconds
+            for session in latest:
+                session.left = time.perf_counter()
         self._next()
 
     async def _died(self, turn: Iterable[_Waiting], death: ProcessDied) -> None:

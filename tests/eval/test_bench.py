@@ -1,6 +1,7 @@
 """The one shape of benchmark results."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from triune import UserError
 from triune.data import open_dataset
-from triune.eval.bench import BENCHES, bench, loader, write
+from triune.eval.bench import BENCHES, bench, loader, server, write
 from triune.eval.bench.inference import BF16, FP32, composed
 from triune.eval.bench.peer import Composed
 from triune.eval.bench.run import in_turns, median_interval, row, seconds
@@ -94,3 +95,51 @@ def test_loading_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert frames["unit"] == "frames/s" and 0.05 < frames["ratio"] < 5
     kept = loader.memory(tmp_path / "vectors")
     assert kept["passed"] and kept["ours"] < 1.05 * kept["peer"]
+
+
+OPENPI = """
+import asyncio, sys
+from triune_client.wire import pack, unpack
+from websockets.asyncio.server import serve
+
+async def answer(connection):
+    await connection.send(pack({"of": "a peer"}))
+    async for frame in connection:
+        assert "prompt" in unpack(frame)
+        await connection.send(pack({"actions": [[0.0]]}))
+
+async def main():
+    async with serve(answer, "127.0.0.1", int(sys.argv[1]), max_size=None) as server:
+        await server.serve_forever()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("given", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_the_server_is_measured_beside_its_limits_and_a_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
+    monkeypatch.setattr(server, "in_rounds", partial(server.in_rounds, rounds=1, each=3))
+    peer = tmp_path / "peer.py"
+    peer.write_text(OPENPI)
+    rows = server.overhead(peer if given else None)
+    assert [r["peer_name"] for r in rows[2:]] == [
+        "raw TCP echo of the same bytes, blocking sockets",
+        "the same echo over asyncio's streams",
+        "peer.py" if given else "websockets with its defaults",
+    ]
+    assert all(0 < r["ours"] < 1000 and r["peer"] > 0 for r in rows) and len({r["ours"] for r in rows[2:]}) == 1
+
+
+@pytest.mark.slow
+def test_a_peer_that_does_not_start_is_told(tmp_path: Path) -> None:
+    (tmp_path / "peer.py").write_text("raise SystemExit(3)")
+    with pytest.raises(UserError, match="must serve openpi's protocol"):
+        server.overhead(tmp_path / "peer.py")
+
+
+@pytest.mark.slow
+def test_clients_share_calls_and_health_is_told_meanwhile() -> None:
+    rate, batch = server.together(clients=2, seconds=0.6)
+    assert 0 < rate["ratio"] <= 1 and 1 <= batch["ours"] <= 2
+    health, answered = server.alive(1.0)
+    assert health["ours"] > 0 and answered["passed"]

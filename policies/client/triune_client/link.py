@@ -13,11 +13,11 @@ import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateFuture
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Callable
 
 from websockets import exceptions
-from websockets.sync.client import connect
-from websockets.sync.connection import Connection
+from websockets.frames import Frame, Opcode
+from websockets.sync.client import ClientConnection, connect
 
 from .messages import PROTOCOL, Plan, ServerError, Welcome, read_plan, read_welcome, refusal
 from .wire import Limits, WireError, pack, unpack
@@ -55,13 +55,29 @@ class Asked:
         return read_plan(self.message(), self._ended - self._begun)
 
 
+class _Direct(ClientConnection):
+    """A connection whose own thread hands a message on as soon as it is read, which saves waking another that waits in ``recv``.
+
+    Attributes:
+        hand: gets each message that came in one frame; what it leaves (False) is for ``recv``.
+    """
+
+    hand: Callable[[bytes], bool] | None = None
+
+    def process_event(self, event: Any) -> None:
+        whole = isinstance(event, Frame) and event.opcode is Opcode.BINARY and event.fin
+        if not (whole and self.hand is not None and self.hand(event.data)):
+            super().process_event(event)
+
+
 class Link:
-    """One connection: sends from any thread, and a thread of its own hands each reply to who waits for it."""
+    """One connection: sends from any thread, and the thread that reads hands each reply to who waits for it."""
 
     def __init__(self, url: str, token: str | None, ca: str | None, wait: float, stuck: float, limits: Limits) -> None:
         self.url, self.limits = url, limits
         self.lost: Exception | None = None
         self._waiting: dict[int, Future[Any]] = {}
+        self._farewell: Exception | None = None
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._leave = ExitStack()
@@ -83,6 +99,7 @@ class Link:
         except WireError as error:
             raise ConnectionError(f"{self.url} does not speak Triune's protocol: {error}") from None
         welcome = read_welcome(self.url, reply)
+        self._socket.hand = self._hand
         threading.Thread(target=self._read, name="triune-client", daemon=True).start()
         return welcome
 
@@ -109,26 +126,36 @@ class Link:
         self._leave.close()
 
     def _read(self) -> None:
-        farewell: Exception | None = None
+        """Wait for the end of the connection, and for what is left to ``recv``."""
         try:
             while True:
-                message = unpack(_binary(self._socket.recv()), self.limits)
-                if not isinstance(message, dict):
-                    raise WireError("not a map")
-                with self._lock:
-                    reply = self._waiting.pop(message.get("id"), None)  # type: ignore[arg-type]  # None is in no such map
-                error = refusal(message)
-                if reply is None:
-                    farewell = error or farewell  # an error that answers nothing is about the connection; a late reply is dropped
-                elif error is None:
-                    reply.set_result(message)
-                else:
-                    reply.set_exception(error)
+                self._take(_binary(self._socket.recv()))
         except exceptions.ConnectionClosed as closed:
-            self._fail(farewell or ConnectionError(f"{self.url} ended the connection: {_why(closed)}"))
+            self._fail(self._farewell or ConnectionError(f"{self.url} ended the connection: {_why(closed)}"))
         except (WireError, OSError, TypeError) as error:
             self._fail(ConnectionError(f"{self.url} sent what cannot be read: {error}"))
             self._leave.close()
+
+    def _hand(self, frame: bytes) -> bool:
+        try:
+            self._take(frame)
+        except (WireError, TypeError):  # a thread cannot end the connection that it reads: the other one will
+            return False
+        return True
+
+    def _take(self, frame: bytes) -> None:
+        message = unpack(frame, self.limits)
+        if not isinstance(message, dict):
+            raise WireError("not a map")
+        with self._lock:
+            reply = self._waiting.pop(message.get("id"), None)  # type: ignore[arg-type]  # None is in no such map
+        error = refusal(message)
+        if reply is None:
+            self._farewell = error or self._farewell  # an error that answers nothing is about the connection; a late reply is dropped
+        elif error is None:
+            reply.set_result(message)
+        else:
+            reply.set_exception(error)
 
     def _fail(self, error: Exception) -> None:
         with self._lock:
@@ -139,10 +166,11 @@ class Link:
             reply.set_exception(self.lost)
 
 
-def _connect(leave: ExitStack, url: str, token: str | None, ca: str | None, wait: float, limits: Limits) -> Connection:
+def _connect(leave: ExitStack, url: str, token: str | None, ca: str | None, wait: float, limits: Limits) -> _Direct:
     """A connection that ``leave`` ends: all versions of websockets know it as a context, 17.1 deprecates another way."""
     known = inspect.signature(connect).parameters
     options: dict[str, Any] = {"compression": None, "max_size": limits.frame, "open_timeout": wait, "close_timeout": 2.0}
+    options["create_connection"] = _Direct
     if token is not None:
         options["additional_headers"] = {"Authorization": f"Bearer {token}"}
     if url.startswith("wss:"):
@@ -153,7 +181,9 @@ def _connect(leave: ExitStack, url: str, token: str | None, ca: str | None, wait
     if "proxy" in known:
         options["proxy"] = None  # a robot's control loop goes through none
     try:
-        return leave.enter_context(connect(url, **options))
+        made = leave.enter_context(connect(url, **options))
+        assert isinstance(made, _Direct)
+        return made
     except exceptions.InvalidStatus as refused:
         status, body = refused.response.status_code, (refused.response.body or b"").decode("utf-8", "replace").strip()[:300]
         if status in (401, 403):

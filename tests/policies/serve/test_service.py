@@ -69,6 +69,29 @@ def test_requests_that_wait_share_a_call_and_each_gets_its_own_answer() -> None:
     with_service(work, batch=4, size=32, seconds=0.1)
 
 
+def test_a_call_waits_for_sessions_that_ask_again_soon_and_never_for_a_single_one() -> None:
+    async def main() -> None:
+        service, batches = Service(Source("fakes:Fake", {"size": 32, "seconds": 0.3}), window=5.0), []
+        await service.start()
+
+        async def robot(name: str, pause: float) -> None:
+            await service.reset(name, 0)
+            for _ in range(5):
+                batches.append((await service.plan(asking(name))).timing)
+                await asyncio.sleep(pause)
+
+        try:
+            await asyncio.gather(*(robot(name, pause) for name, pause in (("a", 0.0), ("b", 0.01), ("c", 0.02))))
+            assert sum(timing["batch"] == 3 for timing in batches) >= 6  # a, which asks at once, would be answered alone each time
+            batches.clear()
+            await robot("alone", 0.0)
+            assert min(timing["queue"] for timing in batches) < 30.0 and [timing["batch"] for timing in batches] == [1] * 5
+        finally:
+            await service.stop()
+
+    asyncio.run(main())
+
+
 def test_two_requests_of_a_session_are_answered_one_after_the_other() -> None:
     async def work(service: Service) -> None:
         await service.reset("a", 1)
