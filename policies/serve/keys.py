@@ -12,8 +12,8 @@ from triune_client.wire import EncodedImage, Limits, WireError, decode_image
 from ...config import Strict
 from ...data import Contract, Observation
 from ...errors import UserError
+from .exchange import Refusal
 from .security import public
-from .service import Refusal
 
 CAMERAS = ("{}", "observation/{}", "observation/{}_image", "observation/images/{}", "observation/image/{}", "images/{}", "video/{}")
 """Where openpi, LeRobot, vla-evaluation-harness and GR00T put a camera's picture, in the order in which they are tried."""

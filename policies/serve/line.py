@@ -13,9 +13,9 @@ from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosedOK
 from websockets.frames import Frame, Opcode
 
+from .exchange import Refusal
 from .keys import Keys
 from .security import Rate, Room, Token
-from .service import Refusal
 
 FRAGMENTS = 4096
 """Parts of one message. A part may be empty, so the bytes of a message do not bound them."""

@@ -7,8 +7,8 @@ import re
 import time
 from datetime import UTC, datetime
 
+from .exchange import Exchange, Listener, Refusal
 from .security import Rate
-from .service import Exchange, Listener, Refusal
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from ... import __version__
 from ...data.transforms import SMALLEST_SCALE
 from ..base import Request
 from . import config
-from .service import Exchange, Listener, Refusal, Service
+from .exchange import Exchange, Listener, Refusal
+from .service import Service
 from .surprise import Surprise
 
 CONTENT = "text/plain; version=0.0.4; charset=utf-8"

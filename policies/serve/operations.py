@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 from .config import Serve
+from .exchange import Listener
 from .logs import Log
 from .metrics import Metrics
 from .recorder import Recorder
-from .service import Listener, Service
+from .service import Service
 
 
 class Operations:

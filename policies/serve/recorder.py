@@ -25,7 +25,8 @@ from ...data.files import remove
 from ...data.incidents import Recorded, is_incident, write_incident
 from ...errors import UserError
 from . import config
-from .service import Exchange, Listener, Service
+from .exchange import Exchange, Listener
+from .service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ from ...data import ActionChunk
 from ...data.incidents import Recorded, runs
 from ...errors import UserError
 from ..base import Request
+from .exchange import Refusal
 from .process import Source
-from .service import Refusal, Service
+from .service import Service
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ from ...data.robot import load_robot
 from ...errors import UserError
 from .config import LOOPBACK, Serve
 from .dialects import groot, harness, openpi, triune
+from .exchange import Code, Refusal
 from .line import Bounded, Connection, Line
 from .operations import Operations
 from .process import Source
 from .security import Rate, Room, Token, from_a_page, names_this_machine, tls, watch_for_death, worth_logging
-from .service import Code, Refusal, Service
+from .service import Service
 from .zmtp import Broken, Peer
 
 logger = logging.getLogger(__name__)

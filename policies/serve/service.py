@@ -8,95 +8,23 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-from triune_client import ActionLimits, Guard
+from triune_client import ActionLimits
 
 from ...config import parse
 from ...data import Contract
 from ...errors import UserError
 from ..base import Request
+from .exchange import Exchange, Listener, Refusal, Reply
 from .process import Process, ProcessDied, Source, Standby
+from .warden import Warden, read_limits
 
 logger = logging.getLogger(__name__)
-
-Code = Literal["bad_request", "contract", "late", "busy", "worker", "unauthorized", "too_large", "internal"]
-
-
-class Refusal(Exception):
-    """A request that is not answered; the sentence goes to the client, so it names no files and shows no traceback."""
-
-    def __init__(self, code: Code, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.heard = False
-
-
-@dataclass(frozen=True, eq=False)
-class Reply:
-    """A plan as a client gets it.
-
-    Attributes:
-        actions: float32 (C, A) in physical units; rate: Hz; time: timestamp of the observation.
-        timing: stage -> milliseconds; ``queue`` is what the request waited for others.
-        events: what the guard changed, ``<kind> <dimension>`` -> at how many steps.
-        foresight: camera -> uint8 (H, W, 3), where it was asked for.
-        samples: float32 (N, C, A), all chunks as the policy drew them, where several were asked for; the guard keeps ``actions`` alone.
-    """
-
-    actions: np.ndarray
-    rate: float
-    time: float
-    timing: dict[str, float]
-    value: float | None = None
-    events: dict[str, int] = field(default_factory=dict)
-    foresight: dict[str, np.ndarray] = field(default_factory=dict)
-    samples: np.ndarray | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Exchange:
-    """One request and what became of it, as listeners hear of it.
-
-    Attributes:
-        seed, step: of the session; with the observation they are all that its actions depend on.
-        reply: also with what was drawn for listeners alone.
-        seconds: from when the service was asked until it answered.
-        planned: float32 (C, A), the policy's own chunk before the guard changed it.
-    """
-
-    request: Request
-    seed: int
-    step: int
-    reply: Reply | None = None
-    refusal: Refusal | None = None
-    seconds: float = 0.0
-    planned: np.ndarray | None = None
-
-
-class Listener:
-    """Hears what happens: metrics, the flight recorder, a viewer. Called in the event loop: it must be quick and must not raise."""
-
-    def exchanged(self, exchange: Exchange) -> None:
-        """A request was answered or refused."""
-
-    def refused(self, refusal: Refusal, client: str) -> None:
-        """What ``client`` (a connection, or an address) sent was refused before it became a request."""
-
-    def happened(self, event: str, session: str | None = None) -> None:
-        """``reset``, ``close``, ``died``, ``started``, ``drain``."""
-
-    def timed(self, stage: str, ms: float) -> None:
-        """A dialect took ``ms`` milliseconds for one message: ``decode``, ``pictures`` (JPEG or PNG), ``encode``."""
-
-    def wants_foresight(self, request: Request) -> bool:
-        """Whether what the policy foresees shall be drawn for this request although its client did not ask."""
-        return False
 
 
 @dataclass(eq=False)
@@ -119,7 +47,6 @@ class _Session:
         step: plans that the policy has made for it since it began, also those that came too late for their client.
         asked, left: when it asked last, and when the policy had its last answer; gap: seconds from an answer to the next request. Zero
             where nothing is known.
-        answered: the last chunk and the timestamp of its observation.
     """
 
     seed: int
@@ -127,8 +54,7 @@ class _Session:
     asked: float = 0.0
     left: float = 0.0
     gap: float = 0.0
-    guard: Guard | None = None
-    answered: tuple[np.ndarray, float] | None = None
+    warden: Warden | None = None
 
 
 class Service:
@@ -227,7 +153,8 @@ class Service:
 
     async def reset(self, session: str, seed: int, step: int = 0) -> None:
         """Begin an episode of ``session``, whose noise is keyed by ``seed``, at its plan number ``step``."""
-        self.sessions[session] = _Session(seed, step)
+        warden = None if self.limits is None else Warden(self.limits, self.contract)
+        self.sessions[session] = _Session(seed, step, warden=warden)
         self._tell("reset", session)
         await self._put("reset", session, [seed, step])
 
@@ -269,7 +196,9 @@ class Service:
             if "code" in answer:
                 raise Refusal(answer["code"], answer["message"])
             chunk = answer["chunk"]
-            actions, events = self._safe(session, request, chunk["actions"])
+            actions, events = chunk["actions"], dict[str, int]()
+            if session.warden is not None:
+                actions, events = session.warden.keep(request.observation, chunk["actions"])
         except Refusal as refusal:
             seconds, refusal.heard = time.perf_counter() - began, True
             self._heard(Exchange(request, session.seed if session else 0, session.step if session else 0, None, refusal, seconds))
@@ -282,31 +211,6 @@ class Service:
         seconds = time.perf_counter() - began
         self._heard(Exchange(request, session.seed, answer["step"], reply, None, seconds, chunk["actions"]))
         return reply if foresight else replace(reply, foresight={})
-
-    def _safe(self, session: _Session, request: Request, actions: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
-        """A chunk inside the limits, and what had to be changed for it.
-
-        Velocities count from what the robot was last sent. Which steps of the chunk before those were, the timestamps say; where they
-        say nothing it was the part that is meant to be executed.
-        """
-        if self.limits is None:
-            return actions, {}
-        if session.guard is None:
-            session.guard = Guard(self.limits, self.contract.rate or 1.0)
-        guard, seen = session.guard, request.observation
-        if session.answered is not None:
-            before, then = session.answered
-            passed = (
-                round(min((seen.timestamp - then) * guard.rate, len(before)))
-                if seen.timestamp > then
-                else self.contract.executed or len(before)
-            )
-            guard.sent(before[:passed], seen.state)
-        safe, events = guard.check_chunk(actions, seen.state)
-        if safe is None:
-            raise Refusal("internal", f"{events[-1].sentence}: the policy's numbers are not finite, and nothing is known that would hold")
-        session.answered = safe.astype(np.float32), seen.timestamp
-        return session.answered[0], dict(Counter(f"{event.kind} {event.name}" for event in events))
 
     async def _put(
         self,
@@ -480,24 +384,7 @@ class Service:
     def _introduced(self, said: dict[str, Any]) -> None:
         self.introduction = said
         self._contract = parse(Contract, said["contract"], "the policy's contract")
-        self.limits = self._limits() if self.guarded else None
-
-    def _limits(self) -> ActionLimits:
-        """Those given, else the policy's own; where neither says any, numbers that are not finite are still refused.
-
-        Raises:
-            UserError: they are of other actions than the policy's.
-        """
-        names = self.contract.action.names
-        stated = self.given or self.introduction.get("limits") or {"dimensions": [{"name": name} for name in names]}
-        limits = ActionLimits.from_dict(stated)
-        theirs = tuple(dimension.name for dimension in limits.dimensions)
-        if len(theirs) != len(names):
-            raise UserError(
-                f"the limits ({limits.source}) are of {len(theirs)} actions ({', '.join(theirs)}), the policy has {len(names)} "
-                f"({', '.join(names)}); name the mapping of the robot that the policy was trained on"
-            )
-        return limits
+        self.limits = read_limits(self.given or said.get("limits"), self._contract) if self.guarded else None
 
     def _take_all(self) -> list[_Waiting]:
         taken = list(self.waiting)

@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, Metric, SummaryMetricFam
 
 from ...data import Contract
 from ..base import Request
-from .service import Reply
+from .exchange import Reply
 
 CELLS = 32
 STILL = 1.0

@@ -26,7 +26,8 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from ...errors import UserError
 from ..base import Request
 from . import config
-from .service import Exchange, Listener, Service
+from .exchange import Exchange, Listener
+from .service import Service
 
 try:
     import rerun as rr

@@ -21,10 +21,11 @@ import numpy as np
 from triune_client.wire import Limits, WireError, array, pack
 
 from ....data import Contract
+from ..exchange import Refusal
 from ..keys import PROMPTS, ROOTS, Keys, bare, flatten
 from ..line import Line, word
 from ..security import public
-from ..service import Refusal, Service
+from ..service import Service
 from .sessions import Sessions
 
 MODALITIES = ("video/", "state/", *ROOTS, *PROMPTS)

@@ -23,9 +23,10 @@ from triune_client.wire import pack
 from ....data import Contract
 from ....data.contract import Vector
 from ...base import Request
+from ..exchange import Refusal
 from ..line import Line, word
 from ..security import public
-from ..service import Refusal, Service
+from ..service import Service
 
 PROTOCOL = 1
 ROTATIONS: Mapping[str, tuple[str, str, int]] = {

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from ....data import Contract, Observation
+from ..exchange import Refusal
 from ..keys import Keys
 from ..line import Line, word
 from ..security import public
-from ..service import Refusal, Service
+from ..service import Service
 from .sessions import Sessions
 
 INFER = ("infer", "predict_action")

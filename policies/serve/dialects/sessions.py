@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 from ....data import Observation
 from ...base import Request
+from ..exchange import Reply
 from ..line import Line
-from ..service import Reply, Service
+from ..service import Service
 
 
 @dataclass

@@ -22,9 +22,10 @@ from ....config import parse
 from ....data import ActionChunk, Contract, Observation
 from ....errors import UserError
 from ...base import Request
+from ..exchange import Refusal, Reply
 from ..line import Line
 from ..security import public
-from ..service import Refusal, Reply, Service
+from ..service import Service
 
 logger = logging.getLogger(__name__)
 

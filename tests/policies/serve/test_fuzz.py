@@ -34,10 +34,10 @@ from triune.policies.serve import line as line_module
 from triune.policies.serve import security, zmtp
 from triune.policies.serve.dialects import groot, harness, openpi
 from triune.policies.serve.dialects import triune as native
+from triune.policies.serve.exchange import Refusal, Reply
 from triune.policies.serve.keys import Keys
 from triune.policies.serve.line import Line
 from triune.policies.serve.security import Rate, Token
-from triune.policies.serve.service import Refusal, Reply
 
 from .conftest import seen
 from .fakes import Fake, expected

@@ -12,8 +12,8 @@ from triune.data import Camera, Contract
 from triune.data.contract import Vector
 from triune.errors import UserError
 from triune.policies.serve import Serve
+from triune.policies.serve.exchange import Refusal
 from triune.policies.serve.keys import Keys, flatten, groups, picture
-from triune.policies.serve.service import Refusal
 
 from .golden import said
 from .test_golden import FRAMES

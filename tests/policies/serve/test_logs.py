@@ -8,8 +8,8 @@ import numpy as np
 
 from triune.data import Observation
 from triune.policies import Request
+from triune.policies.serve.exchange import Exchange, Refusal, Reply
 from triune.policies.serve.logs import JSONLines, Log, Text
-from triune.policies.serve.service import Exchange, Refusal, Reply
 
 REQUEST = Request("c0/evil\n2026 INFO all is well", Observation({}, np.zeros(1), "a secret task"))
 

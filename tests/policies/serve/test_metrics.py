@@ -11,7 +11,7 @@ from websockets.exceptions import InvalidStatus
 from triune.data import ActionChunk, Camera, Contract, Observation, Vector
 from triune.policies import Request
 from triune.policies.serve import Server
-from triune.policies.serve.service import Reply
+from triune.policies.serve.exchange import Reply
 from triune.policies.serve.surprise import Surprise, small
 
 from .conftest import seen, served
@@ -103,7 +103,7 @@ def test_deaths_and_those_who_have_no_token_are_counted(tmp_path) -> None:
 def test_what_guards_changed_is_counted_by_kind_and_dimension() -> None:
     async def work(server: Server) -> None:
         metrics, request = server.operations.metrics, Request("a", Observation(**seen(size=32)))
-        from triune.policies.serve.service import Exchange
+        from triune.policies.serve.exchange import Exchange
 
         reply = Reply(np.zeros((2, 32), np.float32), 50.0, 0.0, {}, events={"velocity a3": 4, "nan": 1})
         metrics.exchanged(Exchange(request, 0, 0, reply))

@@ -19,9 +19,9 @@ from triune.data.inspect import inspect
 from triune.errors import UserError
 from triune.policies import Request
 from triune.policies.serve import Serve, Server, Service, Source
+from triune.policies.serve.exchange import Refusal
 from triune.policies.serve.recorder import Recorder, held
 from triune.policies.serve.replay import replay
-from triune.policies.serve.service import Refusal
 
 from .conftest import seen, served
 

@@ -11,7 +11,8 @@ from triune.data import Observation
 from triune.errors import UserError
 from triune.policies import Request
 from triune.policies.serve import Service, Source
-from triune.policies.serve.service import Refusal, Reply
+from triune.policies.serve.exchange import Refusal, Reply
+from triune.policies.serve.warden import read_limits
 
 from .conftest import seen
 from .fakes import expected
@@ -249,8 +250,7 @@ LIMITS = {"dimensions": [{"name": f"a{i}", "mode": "absolute", "min": -0.5, "max
 
 def test_chunks_are_kept_inside_the_limits_and_events_are_counted() -> None:
     async def work(service: Service) -> None:
-        service.given = LIMITS
-        service.limits = service._limits()
+        service.limits = read_limits(LIMITS, service.contract)
         await service.reset("a", 0)
         request = asking("a")
         reply = await service.plan(request)
@@ -266,8 +266,7 @@ def test_numbers_that_are_not_finite_are_refused_or_held() -> None:
         await service.reset("a", 0)
         with pytest.raises(Refusal, match="not finite in a3"):
             await service.plan(asking("a", instruction="nan"))
-        service.given = LIMITS
-        service.limits = service._limits()
+        service.limits = read_limits(LIMITS, service.contract)
         await service.reset("a", 0)
         first = await service.plan(asking("a"))
         held = await service.plan(asking("a", instruction="nan"))

@@ -14,7 +14,7 @@ from triune.data import Observation
 from triune.errors import UserError
 from triune.policies import Request
 from triune.policies.serve import Serve, Server, Service, Source
-from triune.policies.serve.service import Refusal
+from triune.policies.serve.exchange import Refusal
 from triune.policies.serve.viewer import Viewer
 
 from .conftest import seen, served
