@@ -5,6 +5,7 @@ defaults BYTES, shaped PORT MBIT SECONDS
 """
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -121,7 +122,8 @@ async def shaped(to: int, rate: float, delay: float) -> None:
 
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection("127.0.0.1", to)
-        await asyncio.gather(pump(reader, back), pump(there, writer), return_exceptions=True)
+        with contextlib.suppress(asyncio.CancelledError):  # the benchmark is over
+            await asyncio.gather(pump(reader, back), pump(there, writer), return_exceptions=True)
 
     async with await asyncio.start_server(carry, "127.0.0.1", 0) as server:
         say(server.sockets[0].getsockname()[1])
