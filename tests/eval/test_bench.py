@@ -143,3 +143,9 @@ def test_clients_share_calls_and_health_is_told_meanwhile() -> None:
     assert 0 < rate["ratio"] <= 1 and 1 <= batch["ours"] <= 2
     health, answered = server.alive(1.0)
     assert health["ours"] > 0 and answered["passed"]
+
+
+@pytest.mark.slow
+def test_a_control_loop_on_the_wall_clock() -> None:
+    stopped, reaction = server.realtime(0.03)
+    assert stopped["passed"] == (stopped["ours"] == 0) and reaction["ours"] > 20
