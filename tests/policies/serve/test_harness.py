@@ -45,7 +45,7 @@ def test_the_unmodified_runner_of_the_harness_drives_the_server() -> None:
 
         assert await asyncio.to_thread(read, "/health") == {"status": "ok"}
         changed = await asyncio.to_thread(read, "/config?max_batch_size=99")
-        assert changed == {"applied": {}, "config": {"max_batch_size": 8, "max_wait_time": 0.004}, "read_only": True}
+        assert changed == {"applied": {}, "config": {"max_batch_size": 8, "max_wait_time": 0.02}, "read_only": True}
 
     served(work)(harness_port=0)
 
