@@ -61,7 +61,7 @@ class Coder:
         body: bytes = msgpack.packb(message, default=self._put)
         return HEADER.pack(len(body)) + body
 
-    def decode(self, body: bytes) -> Any:
+    def decode(self, body: bytes | memoryview) -> Any:
         """The message whose body that is; its arrays are copies of their own."""
         return msgpack.unpackb(body, ext_hook=self._get, strict_map_key=False)
 
@@ -86,21 +86,17 @@ class Coder:
         return np.ndarray(shape, dtype, self.theirs.memory.data, where).copy()
 
 
-def receive(sock: socket.socket) -> bytes | None:
-    """The body of the next message, None where the other side has gone."""
-    header = _exactly(sock, HEADER.size)
-    return None if header is None else _exactly(sock, HEADER.unpack(header)[0])
-
-
-def _exactly(sock: socket.socket, count: int) -> bytes | None:
-    data = bytearray(count)
-    view = memoryview(data)
-    while view:
+def receive(sock: socket.socket) -> memoryview | None:
+    """The body of the next message, None where the other side has gone. Nothing follows it: the sides take turns."""
+    data, end = b"", HEADER.size
+    while len(data) < end:
         try:
-            got = sock.recv_into(view)
+            got = sock.recv(max(end - len(data), 1 << 16))
         except ConnectionResetError:
             return None
         if not got:
             return None
-        view = view[got:]
-    return bytes(data)
+        data += got
+        if len(data) >= HEADER.size:
+            end = HEADER.size + HEADER.unpack_from(data)[0]
+    return memoryview(data)[HEADER.size :]

@@ -175,8 +175,9 @@ class Line:
         """Send one message."""
         began = time.perf_counter()
         frame = pack(message)
-        self.timed("encode", 1e3 * (time.perf_counter() - began))
+        spent = 1e3 * (time.perf_counter() - began)
         await self.connection.send(frame)
+        self.timed("encode", spent)
 
 
 class _Shredded(Exception):

@@ -59,6 +59,7 @@ class Metrics(Listener, Collector):
         self.registry = CollectorRegistry()
         self.surprise = Surprise(settings.foresight_every, settings.window)
         self.latest: dict[str, deque[float]] = {}
+        self.stage: dict[str, Histogram] = {}
         self.shares: deque[float] = deque(maxlen=settings.window)
         self.band: Band | None = None
         self.extra: list[Callable[[], Iterator[Metric]]] = []
@@ -134,8 +135,10 @@ class Metrics(Listener, Collector):
         self.refusals.labels(refusal.code).inc()
 
     def timed(self, stage: str, ms: float) -> None:
-        self.stages.labels(stage).observe(ms / 1e3)
-        self.latest.setdefault(stage, deque(maxlen=self.settings.window)).append(ms / 1e3)
+        if stage not in self.latest:
+            self.latest[stage], self.stage[stage] = deque(maxlen=self.settings.window), self.stages.labels(stage)
+        self.stage[stage].observe(ms / 1e3)
+        self.latest[stage].append(ms / 1e3)
 
     def happened(self, event: str, session: str | None = None) -> None:
         if event in ("died", "started"):

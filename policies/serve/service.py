@@ -209,7 +209,8 @@ class Service:
         said = (answer["timing"], answer["value"], events, answer["foresight"], answer["samples"])
         reply = Reply(actions, chunk["rate"], chunk["time"], *said)
         seconds = time.perf_counter() - began
-        self._heard(Exchange(request, session.seed, answer["step"], reply, None, seconds, chunk["actions"]))
+        exchange = Exchange(request, session.seed, answer["step"], reply, None, seconds, chunk["actions"])
+        asyncio.get_running_loop().call_soon(self._heard, exchange)  # when the answer is on its way
         return reply if foresight else replace(reply, foresight={})
 
     async def _put(
@@ -401,9 +402,9 @@ class Service:
             listener.happened(event, session)
 
     def timed(self, stage: str, ms: float) -> None:
-        """Tell listeners what a dialect spent on a message."""
+        """Tell listeners, soon, what a dialect spent on a message."""
         for listener in self.listeners:
-            listener.timed(stage, ms)
+            asyncio.get_running_loop().call_soon(listener.timed, stage, ms)
 
     def refused(self, refusal: Refusal, client: str) -> None:
         """Tell listeners of a message that was refused, unless they heard of it as a request."""

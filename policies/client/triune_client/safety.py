@@ -199,6 +199,7 @@ class Guard:
         self._steps, self._places = bool(limits.relative.any()), bool(self._boxed.any())
         self.counts: Counter[tuple[str, str]] = Counter()
         self.reset()
+        self._always = None if self._slows or self._brakes or self._places else self._stages(self._memory)[-1][1:]
 
     @property
     def totals(self) -> dict[str, int]:
@@ -265,7 +266,7 @@ class Guard:
     def sent(self, actions: np.ndarray, state: np.ndarray | None = None) -> None:
         """Actions (C, A) or (A,) went to the robot without ``check``, such as the executed part of a chunk that ``check_chunk`` gave for
         ``state``."""
-        actions = self._shaped(np.atleast_2d(actions), 2)
+        actions = self._shaped(actions if actions.ndim > 1 else actions[None], 2)
         self._memory = self._after(actions, self._told(self._memory, state))
 
     def _begin(self) -> _Memory:
@@ -308,6 +309,8 @@ class Guard:
         """``_moved`` by each of ``actions`` (C, A)."""
         if not len(actions):
             return memory
+        if self._always is not None:  # nothing depends on more than where the robot is held
+            return memory._replace(last=actions[-1].copy())
         relative, last = self.limits.relative, memory.last if len(actions) == 1 else actions[-2]
         step = np.where(relative, actions[-1], actions[-1] - last)
         place = self._along(actions, memory)[-1] if self._steps else memory.place
@@ -332,7 +335,7 @@ class Guard:
         if self._unseen(memory).any() or not len(actions):
             return actions[:0], []
         inside = _clip(actions, self.limits.min, self.limits.max)
-        _, low, high = self._stages(self._ahead(inside, memory))[-1]
+        low, high = self._always or self._stages(self._ahead(inside, memory))[-1][1:]
         fine = np.isfinite(actions) & (low <= inside) & (inside <= high)
         count = len(fine) if fine.all() else int(fine.all(1).argmin())
         inside, actions = inside[:count], actions[:count]

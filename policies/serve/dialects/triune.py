@@ -45,7 +45,7 @@ async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
         welcome: what every client is told of this server.
     """
     greeted = False
-    sessions: dict[str, str] = {}
+    loop, sessions = asyncio.get_running_loop(), dict[str, str]()
     tasks: set[asyncio.Task[None]] = set()
     try:
         async for frame in line.frames():
@@ -69,9 +69,10 @@ async def speak(line: Line, service: Service, welcome: dict[str, Any]) -> None:
                 if not greeted:
                     return
                 continue
-            task = asyncio.create_task(_answer(number, work, line))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+            task = asyncio.Task(_answer(number, work, line), loop=loop, eager_start=True)  # a turn of the loop sooner
+            if not task.done():
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
     finally:
         await asyncio.sleep(0)  # a task that is cancelled before its first step forgets what it was to do
         for task in tasks:
@@ -168,6 +169,8 @@ def _array(value: Any, what: str) -> np.ndarray:
     if isinstance(value, list):
         numbers = all(isinstance(number, int | float) for number in value)
         value = np.array(value, np.float64) if numbers else None
+    if isinstance(value, np.ndarray) and value.dtype == np.float32:
+        return value
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
         raise Refusal("bad_request", f"{what} must be an array of numbers")
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as such

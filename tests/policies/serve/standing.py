@@ -77,13 +77,20 @@ class Standing:
         """A bare socket to the server, from ``address``, for which the kernel keeps ``buffer`` bytes that were not read.
 
         That is said before it connects: a window that shrinks later makes the kernel drop what confirms our own bytes.
+
+        Raises:
+            ConnectionResetError: the server ended it at once, which this side may hear while it still connects.
         """
         bare = socket.socket()
         bare.settimeout(10)
         if buffer is not None:
             bare.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        bare.bind((address, 0))
-        bare.connect(("127.0.0.1", self.port))
+        try:
+            bare.bind((address, 0))
+            bare.connect(("127.0.0.1", self.port))
+        except OSError:
+            bare.close()
+            raise
         return bare
 
 

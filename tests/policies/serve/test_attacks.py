@@ -205,9 +205,8 @@ def test_two_hundred_connections_leave_room_for_another_address(plain: Standing)
     with contextlib.ExitStack() as stack:
         began = files(plain.process.pid)
         for _ in range(200):
-            bare = stack.enter_context(plain.socket())
             with contextlib.suppress(OSError):  # some are cut at once
-                bare.sendall(UPGRADE[:40])
+                stack.enter_context(plain.socket()).sendall(UPGRADE[:40])
         until_then = time.monotonic() + SILENCE / 2  # before those that wait for a handshake are cut for that
         while files(plain.process.pid) > began + 16 + 32:
             assert time.monotonic() < until_then

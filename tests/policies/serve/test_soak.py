@@ -108,11 +108,20 @@ def growth(samples: list[float]) -> float:
     return statistics.median(samples[-quarter:]) - statistics.median(samples[quarter : 2 * quarter])
 
 
+def fewest_files(pid: int) -> int:
+    """Open files of a process within half a second: asking it for its state opens one for a moment."""
+    counts = []
+    for _ in range(10):
+        counts.append(files(pid))
+        time.sleep(0.05)
+    return min(counts)
+
+
 @pytest.mark.parametrize("seconds", [8.0, pytest.param(HOUR, marks=[pytest.mark.slow])])
 def test_what_is_held_stays_flat(seconds: float, tmp_path: Path) -> None:
     with Standing(tmp_path / "log", made={"size": 8}, rate=1e6, service={"restarts": 5}) as server:
         start = server.settled(connections=0)
-        start_files = files(server.process.pid)
+        start_files = fewest_files(server.process.pid)
         load = Load(server)
         memory: list[float] = []
         objects: list[float] = []
@@ -140,13 +149,13 @@ def test_what_is_held_stays_flat(seconds: float, tmp_path: Path) -> None:
             f"{seconds:.0f} s: {load.plans} plans, {len(kills)} kills, errors {errors}, longest wait "
             f"{max(load.waits):.1f} s; memory {statistics.median(memory):.0f} MiB, growth {growth(memory):.2f}, of the policy "
             f"{growth(longest):.2f}; objects {growth(objects):+.0f}; "
-            f"files {start_files} to {files(server.process.pid)}, tasks {start['tasks']} to {end['tasks']}"
+            f"files {start_files} to {(end_files := fewest_files(server.process.pid))}, tasks {start['tasks']} to {end['tasks']}"
         )
         assert load.plans > 5 * seconds and kills
         assert all(len(deaths) <= len(kills) for deaths in load.deaths.values()), "one error for one death"
         assert max(load.waits) < 10
         assert growth(memory) < 12 and growth(longest) < 12 and growth(objects) < 1000
-        assert files(server.process.pid) <= start_files and end["tasks"] <= start["tasks"]
+        assert end_files <= start_files and end["tasks"] <= start["tasks"]
         with connect(server.url + "/v1", compression=None) as socket:
             for message in ({"type": "hello", "protocol": 1}, {"type": "reset", "session": "count"}):
                 socket.send(pack({"id": 1} | message))
