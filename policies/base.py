@@ -76,7 +76,7 @@ class Policy(ABC):
 
     @abstractmethod
     def plan(self, requests: list[Request]) -> list[Plan]:
-        """Answer a batch of requests, in order."""
+        """Answer a batch of requests, in order. Where it raises no session has gone on: each may be asked again."""
 
     def skip(self, session: str, plans: int) -> None:
         """Go on with a session that has just begun as if so many plans had been made: their noise is not drawn again.

@@ -93,7 +93,10 @@ class LeRobotPolicy(Policy):
             UserError: a session was never reset, a camera is missing, several samples are asked for, or a prefix is given to a policy that
                 cannot go on from it.
         """
-        return [self._plan(request) for request in requests]
+        plans = [self._plan(request) for request in requests]
+        for request in requests:
+            self.skip(request.session, 1)
+        return plans
 
     @torch.no_grad()
     def _plan(self, request: Request) -> Plan:
@@ -113,7 +116,6 @@ class LeRobotPolicy(Policy):
         seen = self.before(self._batch(request.observation))
         how = {} if left is None else self._going_on(left, request)
         seed, step = self.sessions[request.session]
-        self.sessions[request.session] = (seed, step + 1)
         with torch.random.fork_rng():
             torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1))
             self.policy.reset()

@@ -122,7 +122,16 @@ class TriunePolicy(Policy):
             for start in range(0, len(asked), self.batch):
                 part = asked[start : start + self.batch]
                 plans |= zip(part, self._plan([requests[i] for i in part], *kind), strict=True)
+        for request in requests:
+            self._went_on(request)
         return [plans[i] for i in range(len(requests))]
+
+    def _went_on(self, request: Request) -> None:
+        """Keep what the session's next plan depends on."""
+        session, frames = self.sessions[request.session], self.model.spec.history.frames
+        session.step += 1
+        if frames > 1:
+            session.seen = [*session.seen, self._seen(request.observation)][1 - frames :]
 
     @torch.no_grad()
     def _plan(self, requests: list[Request], length: int, method: Method, samples: int) -> list[Plan]:
@@ -142,11 +151,6 @@ class TriunePolicy(Policy):
         else:
             outputs = self.answers(inputs, noise, length, how)
         assert outputs.actions is not None
-        for request in requests:
-            session, frames = self.sessions[request.session], self.model.spec.history.frames
-            session.step += 1
-            if frames > 1:
-                session.seen = [*session.seen, self._seen(request.observation)][1 - frames :]
         actions = self.action.unnormalise(outputs.actions.float().cpu().numpy()[:, : self.contract.chunk, : self.contract.action.size])
         actions = self.settings.absolute(actions, np.stack([r.observation.state for r in padded for _ in range(samples)]))
         timing = {"encode": 1e3 * (encoded - began), "model": 1e3 * (time.perf_counter() - encoded)} | outputs.timing | ages

@@ -116,6 +116,10 @@ def test_noise_follows_from_seed_and_step(saved: tuple[Path, Any, Any, Any]) -> 
     draws = policy.config.type == "smolvla"  # ACT answers without noise
     assert np.array_equal(answers[0][0], answers[0][1]) != draws
     assert np.array_equal(answers[0][0], answers[2][0]) != draws
+    ours.reset("s", 3)
+    with pytest.raises(UserError, match="samples=1"):  # the whole call fails, so it counts for neither
+        ours.plan([Request("s", observation(0)), Request("s", observation(0), samples=2)])
+    np.testing.assert_array_equal(ours.act(Request("s", observation(0))).chunk.actions, answers[0][0])
 
 
 def test_requests_that_do_not_fit_are_refused(saved: tuple[Path, Any, Any, Any]) -> None:

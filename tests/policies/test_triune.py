@@ -263,3 +263,22 @@ def test_another_graph_than_was_trained_is_refused(checkpoint: Path, tmp_path: P
     seal(folder)
     with pytest.raises(UserError, match="says another attention graph than was trained .action <- obs."):
         load_policy(folder)
+
+
+def test_a_call_that_fails_counts_for_no_session(policy: TriunePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two parts the second one fails; who is then asked alone gets the answer that it would have got."""
+    expected = answer(policy, [1])[0]
+    for session in ("1", "2"):
+        policy.reset(session, int(session))
+    draw = policy._noise
+
+    def fails(request: Request, sample: int = 0) -> dict[str, np.ndarray]:
+        if sample:
+            raise RuntimeError("out of memory")
+        return draw(request)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(policy, "_noise", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            policy.plan([Request("1", observation(1)), Request("2", observation(2), samples=2)])
+    np.testing.assert_array_equal(policy.act(Request("1", observation(1))).chunk.actions, expected)
