@@ -71,6 +71,11 @@ class Cinema:
         self.failed: Counter[str] = Counter()
         self.controls: set[str] = set()
 
+    @property
+    def open(self) -> bool:
+        """Whether any episode may be filmed."""
+        return bool(self.first or self.failures)
+
     def wants(self, job: Job, success: bool) -> bool:
         if job.control is not None:
             if job.index or not self.first or job.control in self.controls:

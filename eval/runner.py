@@ -92,7 +92,8 @@ def evaluate(
         )
     check_seeds(seed, max(spec.count(task, None, episodes) for task in spec.tasks))
     offers = {task: camera_names(spec.world(task)) for task in spec.tasks}
-    acting = open_remote(policy) if remote else None if checkpoint is None else _load(checkpoint)
+    cinema = Cinema(out, spec.videos.first, spec.videos.failures)
+    acting = open_remote(policy, foresight=cinema.open) if remote else None if checkpoint is None else _load(checkpoint)
     facts = {task: _facts(spec, task, offers[task], None if acting is None else acting.contract, policy) for task in spec.tasks}
     fingerprint = _served(acting) if isinstance(acting, RemotePolicy) else None
     if checkpoint is not None:
@@ -101,7 +102,6 @@ def evaluate(
     ledger = Ledger(out / "episodes.jsonl")
     batches = _batches(spec, controls, checkpoint, facts, seed, episodes)
     keys = [job.key for jobs in batches.values() for job in jobs]
-    cinema = Cinema(out, spec.videos.first, spec.videos.failures)
     fresh = 0
     with one_thread(), WorldPool(workers) as pool, closing(acting.client) if isinstance(acting, RemotePolicy) else nullcontext():
         for cuts, jobs in batches.items():

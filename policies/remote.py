@@ -22,13 +22,14 @@ def is_remote(policy: str) -> bool:
     return policy.startswith(("ws://", "wss://"))
 
 
-def open_remote(url: str, token: str | None = None, ca: str | None = None, **options: Any) -> "RemotePolicy":
+def open_remote(url: str, token: str | None = None, ca: str | None = None, foresight: bool = False, **options: Any) -> "RemotePolicy":
     """The policy that the server at ``url`` serves.
 
     Args:
         url: ``ws://host:port`` or ``wss://host:port``.
         token: what the server asks for; the environment variable ``TRIUNE_TOKEN`` unless given.
         ca: file of certificates to trust; ``TRIUNE_CA`` unless given.
+        foresight: see ``RemotePolicy``.
         options: further ones of ``triune_client.Client``.
 
     Raises:
@@ -41,7 +42,7 @@ def open_remote(url: str, token: str | None = None, ca: str | None = None, **opt
     token, ca = token or os.environ.get("TRIUNE_TOKEN"), ca or os.environ.get("TRIUNE_CA")
     with _told(url):
         try:
-            return RemotePolicy(Client(url, token=token, ca=ca, **options))
+            return RemotePolicy(Client(url, token=token, ca=ca, **options), foresight)
         except ValueError as error:
             raise UserError(f"{error}") from None
 

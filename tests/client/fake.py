@@ -112,7 +112,7 @@ class Fake:
         reply = {"type": "plan", "id": number, "actions": actions, "rate": 20.0, "time": message["observation"].get("timestamp", 0.0)}
         reply.update(timing={"queue": 0.1}, events={"clamp": 1}, value=0.5)
         if message["foresight"]:
-            reply["foresight"] = {"agentview": np.zeros((2, 2, 3), np.uint8)}
+            reply["foresight"] = {camera: np.zeros_like(_pixels(image)) for camera, image in message["observation"]["images"].items()}
         if session == "flat":
             reply["actions"] = actions[0]
         return await connection.send(pack(reply))

@@ -42,7 +42,7 @@ def test_requests_are_sent_together_and_answered_in_order() -> None:
         assert set(sent["observation"]) == {"images", "state", "instruction", "timestamp"}
         policy.foresight = True
         drawn = policy.act(request("a")).foresight
-        assert drawn is not None and drawn()["agentview"].shape == (2, 2, 3)
+        assert drawn is not None and drawn()["agentview"].shape == (8, 8, 3)
         policy.disconnect()
 
 
@@ -103,8 +103,12 @@ def test_an_evaluation_is_the_same_through_a_server(tmp_path: Path, monkeypatch:
         there = evaluate(str(suite), server.url, out=tmp_path / "there")
         mine, theirs = rows(tmp_path / "here"), rows(tmp_path / "there")
         again = evaluate(str(suite), server.url, out=tmp_path / "there", episodes=5)
+        assert not any(message.get("foresight") for message in server.seen)
+        evaluate(str(suite), server.url, out=tmp_path / "filmed", episodes=1, overrides=["controls=null", "videos.first=1"])
+        assert all(message["foresight"] for message in server.seen[-2:] if message["type"] == "infer")
         with pytest.raises(UserError, match="'blind' needs the checkpoint itself.*is a server"):
             evaluate(str(suite), server.url, out=tmp_path / "blind", overrides=["controls.blind.cut=[action, obs]"])
     assert there["policy"] == server.url and there["checkpoint"] is None and again["overall"]["episodes"] == 10
     assert mine == theirs and len(mine) == 16
+    assert list((tmp_path / "filmed" / "foresight").glob("*.png"))
     assert here["overall"]["successes"] == there["overall"]["successes"] > 0
