@@ -1,7 +1,7 @@
 """The other ends of the server benchmark, each a process that prints its port and runs until it is ended.
 
 python -m triune.eval.bench.peers KIND ..., where KIND is one of ours '{"seconds": [0.05, 0.05]}', echo BYTES BYTES, streams BYTES BYTES,
-defaults BYTES, shaped PORT MBIT SECONDS
+defaults, shaped PORT MBIT SECONDS
 """
 
 import asyncio
@@ -10,6 +10,10 @@ import json
 import signal
 import socket
 import sys
+
+import numpy as np
+
+from .idle import ACTION, CHUNK
 
 PIECE = 16384
 
@@ -24,7 +28,7 @@ def main() -> None:
     elif kind == "ours":
         asyncio.run(ours(json.loads(arguments[0])))
     elif kind == "defaults":
-        asyncio.run(defaults(int(arguments[0])))
+        asyncio.run(defaults())
     else:
         asyncio.run(shaped(int(arguments[0]), float(arguments[1]) * 1e6 / 8, float(arguments[2])))
 
@@ -80,15 +84,16 @@ async def streams(takes: int, gives: int) -> None:
         await until_told()
 
 
-async def defaults(gives: int) -> None:
-    """A websocket server as the library makes it, deflate and all, that unpacks each message and answers with as many bytes."""
+async def defaults() -> None:
+    """A websocket server as the library makes it, deflate and all, that unpacks each message and answers with a chunk."""
     import msgpack
+    from triune_client.wire import pack
     from websockets.asyncio.server import ServerConnection, serve
 
     async def answer(connection: ServerConnection) -> None:
         async for frame in connection:
             msgpack.unpackb(frame, raw=True, strict_map_key=False)
-            await connection.send(bytes(gives))
+            await connection.send(pack({"actions": np.zeros((CHUNK, ACTION), np.float32)}))
 
     async with serve(answer, "127.0.0.1", 0) as server:
         say(next(iter(server.sockets)).getsockname()[1])

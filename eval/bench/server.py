@@ -46,7 +46,8 @@ def overhead(peer: Path | None) -> list[Row]:
     from triune_client.wire import pack
 
     seen = observation(2, (224, 224))
-    question = pack({"type": "infer", "id": 1, "session": "robot", "observation": seen, "prefix": None, "delay": 0, "foresight": False})
+    message = {"type": "infer", "id": 1, "session": "robot", "observation": seen, "prefix": None, "delay": 0, "foresight": False}
+    question = pack(message)
     answer = pack({"type": "plan", "id": 1, "actions": np.zeros((CHUNK, ACTION), np.float32), "rate": 50.0, "time": 0.0, "timing": {}})
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(Client(f"ws://127.0.0.1:{stack.enter_context(process('ours', '{}'))}"))
@@ -57,7 +58,7 @@ def overhead(peer: Path | None) -> list[Row]:
             socket.create_connection(("127.0.0.1", stack.enter_context(process("streams", len(question), len(answer)))))
         )
         streams.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        other, name = _other(stack, peer, seen, question, len(answer))
+        other, name = _other(stack, peer, message)
         echoes = [lambda: _raw(raw, question, len(answer)), lambda: _raw(streams, question, len(answer))]
         spent = in_rounds([lambda: ours.infer(seen), *echoes, other])
     p50, limit, loop, theirs = (1e3 * statistics.median(times) for times in spent)
@@ -228,15 +229,13 @@ def _raw(connection: socket.socket, question: bytes, expected: int) -> None:
         expected -= len(connection.recv(min(expected, 65536)))
 
 
-def _other(
-    stack: contextlib.ExitStack, peer: Path | None, seen: dict[str, Any], question: bytes, size: int
-) -> tuple[Callable[[], object], str]:
-    """One round trip to the peer, and its name."""
-    from triune_client.wire import pack
+def _other(stack: contextlib.ExitStack, peer: Path | None, message: dict[str, Any]) -> tuple[Callable[[], object], str]:
+    """One round trip to the peer, packed and unpacked here as our client does, and its name."""
+    from triune_client.wire import pack, unpack
     from websockets.sync.client import connect
 
     if peer is None:
-        link = stack.enter_context(connect(f"ws://127.0.0.1:{stack.enter_context(process('defaults', size))}", max_size=None))
+        link = stack.enter_context(connect(f"ws://127.0.0.1:{stack.enter_context(process('defaults'))}", max_size=None))
         name = "websockets with its defaults"
     else:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -245,12 +244,15 @@ def _other(
         stack.callback(child.terminate)
         link, name = stack.enter_context(_patient(port, child)), peer.name
         link.recv()  # its metadata
+        seen = message["observation"]
         images = {f"observation/{name}": image for name, image in seen["images"].items()}
-        question = pack(images | {"observation/state": seen["state"], "prompt": seen["instruction"]})
+        message = images | {"observation/state": seen["state"], "prompt": seen["instruction"]}
 
     def ask() -> None:
-        link.send(question)
-        link.recv()
+        link.send(pack(message))
+        answer = link.recv()
+        assert isinstance(answer, bytes), answer  # an error comes as text
+        unpack(answer)
 
     return ask, name
 
