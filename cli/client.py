@@ -28,6 +28,10 @@ def client(
     episodes: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.1, help="After which an episode is ended.")] = 60.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the first episode; the next have one more.")] = 1_000_000,
+    latency: Annotated[
+        float | None,
+        typer.Option(min=0.0, metavar="SECONDS", help="Let every answer take so long on a clock of its own: repeatable, not real time."),
+    ] = None,
     guard: Annotated[bool, typer.Option(help="Keep the server's limits here too, where actions leave for the robot.")] = True,
     dry: Annotated[bool, typer.Option("--dry-run", help="Ask and check, and send nothing to the body.")] = False,
     dialect: Annotated[
@@ -72,7 +76,7 @@ def client(
         try:
             if like is not None:
                 like.require(body.contract, "the served policy", body.name)
-            loop = Loop(mode, executed, seconds, rate, guard, sends=not dry)
+            loop = Loop(mode, executed, seconds, rate, guard, sends=not dry, latency=latency)
 
             def told(done: Drive) -> None:
                 if not json:
@@ -88,7 +92,9 @@ def client(
     else:
         total = report["total"]
         print_table(
-            f"{report['body']} by {report['policy']}, {mode}", ["what", "value"], [[key, _said(value)] for key, value in total.items()]
+            f"{report['body']} by {report['policy']}, {report['mode']}",
+            ["what", "value"],
+            [[key, _said(value)] for key, value in total.items()],
         )
 
 

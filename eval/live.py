@@ -1,12 +1,14 @@
 """``vla client``: a body driven by a policy behind a server, on the wall clock, and what came of it."""
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from triune_client import ActionLimits, Client, Guard, ServerError, Watchdog
 from triune_client.realtime import Clock, Monotonic, Realtime, paced
+from triune_client.wire import WireError
 
 from ..data import Observation
 from ..errors import UserError
@@ -61,6 +63,7 @@ class Loop:
         guarded: whether actions are kept inside the server's limits here too, where they leave for the robot.
         starved: seconds without an observation after which the robot holds.
         sends: whether the body gets the actions; without, all is computed and checked and the robot stays where it is.
+        latency: seconds that every answer is counted as taking, on a clock of its own (``Pretended``) instead of the wall's.
     """
 
     mode: Mode = "auto"
@@ -70,6 +73,48 @@ class Loop:
     guarded: bool = True
     starved: float = 1.0
     sends: bool = True
+    latency: float | None = None
+
+
+class Pretended:
+    """A clock that moves only when somebody sleeps, and answers that take ``latency`` seconds of it: what a delay costs, however busy this
+    machine is. The same seeds give the same episodes."""
+
+    def __init__(self, latency: float) -> None:
+        self.latency, self.time = latency, 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep(self, seconds: float) -> None:
+        self.time += seconds
+
+    def submit(self, work: Callable[[], Any]) -> "_Due":
+        """The answer of ``work``, which is done here and now."""
+        answer = Future[Any]()
+        try:
+            answer.set_result(work())
+        except (ConnectionError, TimeoutError, ServerError, WireError) as error:
+            answer.set_exception(error)
+        return _Due(self, self.time + self.latency, answer)
+
+
+@dataclass(frozen=True)
+class _Due:
+    """An answer that is there from a moment on."""
+
+    clock: Pretended
+    at: float
+    answer: Future[Any]
+
+    def done(self) -> bool:
+        return self.clock.time >= self.at - 1e-9  # ticks are sums of periods
+
+    def result(self) -> Any:
+        return self.answer.result()
+
+    def exception(self) -> BaseException | None:
+        return self.answer.exception()
 
 
 def drive(
@@ -86,8 +131,13 @@ def drive(
         told: called after each episode.
 
     Raises:
-        UserError: the body's control rate is not the policy's, it does not go on from what is left as ``rtc`` asks, or the server refuses.
+        UserError: the body's control rate is not the policy's, it does not go on from what is left as ``rtc`` asks, the server refuses, or
+            a latency is pretended for a body whose time goes on.
     """
+    pretended = None if loop.latency is None else Pretended(loop.latency)
+    if pretended is not None and not body.waits:
+        raise UserError(f"{body.name} moves in real time, in which no latency can be pretended; leave --latency out")
+    clock = clock or pretended or Monotonic()
     welcome, rate, mode = client.welcome, loop.rate or body.rate, mode_of(client, loop)
     if welcome.rate and welcome.rate != rate:
         raise UserError(
@@ -96,7 +146,7 @@ def drive(
         )
     guard = Guard(ActionLimits.from_dict(welcome.limits), rate) if loop.guarded and welcome.limits is not None else None
     horizon = loop.executed or (welcome.executed if mode == "sync" else None)
-    deadline = None if mode == "sync" else welcome.chunk / rate + 1.0  # after that nothing of the answer is left to be executed
+    deadline = None if mode == "sync" or pretended else welcome.chunk / rate + 1.0  # then nothing of it is left to be executed
     robot = Realtime(
         lambda seen, prefix, delay: client.infer(_words(seen["observation"]), prefix=prefix, delay=delay, deadline=deadline),
         rate,
@@ -106,10 +156,11 @@ def drive(
         guard=guard,
         watchdog=Watchdog(loop.starved),
         clock=clock,
+        runner=pretended,
     )
     drives = []
     for seed in seeds:
-        drives.append(_episode(body, client, robot, loop, rate, seed, clock or Monotonic()))
+        drives.append(_episode(body, client, robot, loop, rate, seed, clock))
         if told is not None:
             told(drives[-1])
     return drives

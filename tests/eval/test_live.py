@@ -87,6 +87,25 @@ def test_a_world_stands_still_while_an_answer_is_awaited() -> None:
     assert steps >= 10 and first.smoothness == pytest.approx(again.smoothness, rel=0.5)
 
 
+def test_a_pretended_latency_gives_the_same_episode_again(tmp_path: Path) -> None:
+    source = Source("served:world", {"name": "cubes/lift-red"})
+    with serving(source, "waves", Serve(port=0, limits=False)) as server, Client(server.url) as client:
+        body = WorldBody("cubes/lift-red", Contract.model_validate(client.welcome.contract))
+        try:
+            first, again, none = (drive(body, client, Loop("async", seconds=1.5, latency=late), [7])[0] for late in (0.15, 0.15, 0.0))
+        finally:
+            body.close()
+        arm = robot(tmp_path)
+        try:
+            with pytest.raises(UserError, match="moves in real time"):
+                drive(arm, client, Loop(latency=0.1), [0])
+        finally:
+            arm.close()
+    assert first == again and first.executed > 20
+    assert (first.delay_ms["p99"], none.delay_ms["p99"]) == (150.0, 50.0)  # at least a tick
+    assert first.held == {"first": 3} and first.late == 0 and first.smoothness != none.smoothness
+
+
 def test_another_rate_and_a_mode_that_the_policy_does_not_have_are_refused() -> None:
     source = Source("served:world", {"name": "cubes/lift-red"})
     with serving(source, "waves", Serve(port=0)) as server, Client(server.url) as client:
