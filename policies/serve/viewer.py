@@ -58,6 +58,7 @@ class Viewer(Listener):
         self._asked: dict[str, int] = {}
         self._began: dict[str, float] = {}
         self._shown: set[str] = set()
+        self._planned: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._stream = rr.RecordingStream(f"triune {name}")
         self._window = self._open()
         self._queue: queue.Queue[tuple[str, Any, float] | None] = queue.Queue(WAITING)
@@ -116,6 +117,11 @@ class Viewer(Listener):
             self.left_out += 1
 
     def _work(self) -> None:
+        self._stream_all()
+        for root in list(self._planned):
+            self._act(root)
+
+    def _stream_all(self) -> None:
         while (item := self._queue.get()) is not None:
             session, what, now = item
             root = "/".join(rr.escape_entity_path_part(part) for part in session.split("/"))
@@ -123,11 +129,14 @@ class Viewer(Listener):
                 if len(self._shown) >= SESSIONS:
                     self._shown.clear()
                     self._began.clear()
+                    self._planned.clear()
                 self._shown.add(session)
                 self._stream.send_blueprint(self._blueprint(root))  # the newest session is shown; all are in the tree
             if isinstance(what, Exchange):
                 self._exchange(root, what, now - self._began.setdefault(session, now))
             else:
+                if what in ("reset", "close"):
+                    self._act(root)
                 if what == "reset":
                     self._began.pop(session, None)
                 self._stream.set_time(TIMELINE, duration=now - self._began.get(session, now))
@@ -153,10 +162,19 @@ class Viewer(Listener):
             stream.log(f"{root}/timing/{rr.escape_entity_path_part(stage)}", rr.Scalars(ms))
         if reply.events:
             self._say(root, "guard: " + ", ".join(f"{kind} {count}" for kind, count in reply.events.items()), "WARN")
+        begun, rate = exchange.request.delay, reply.rate or 1.0
+        self._act(root, now + begun / rate)
+        self._planned[root] = now + np.arange(begun, len(reply.actions)) / rate, reply.actions[begun:]
+
+    def _act(self, root: str, until: float | None = None) -> None:
+        """Draw what was executed of the plan before: up to when the next one took over, or as much as the contract says."""
         contract = self.service.contract
-        executed = reply.actions[: contract.executed or len(reply.actions)]
-        times = now + np.arange(len(executed)) / (reply.rate or 1.0)
-        for i, (name, column) in enumerate(zip(contract.action.names, executed.T, strict=False)):
+        times, actions = self._planned.pop(root, (np.zeros(0), np.zeros((0, 0))))
+        count = contract.executed or len(times) if until is None else int(np.sum(times < until - 1e-6))
+        times, actions = times[:count], actions[:count]
+        if not len(times):
+            return
+        for i, (name, column) in enumerate(zip(contract.action.names, actions.T, strict=False)):
             place = f"{root}/action/{rr.escape_entity_path_part(name)}"
             self._curve(place, times, column[:, None])
             for kind, ends in self._ends(i, name).items():
@@ -196,7 +214,7 @@ class Viewer(Listener):
             place = f"{root}/action/{rr.escape_entity_path_part(name)}"
             styles = {"action": place, "limit": f"{place}/limit", "band": f"{place}/band"}
             overrides: Any = {where: rr.SeriesLines(colors=[COLOURS[kind]]) for kind, where in styles.items()}
-            plots.append(rrb.TimeSeriesView(origin=place, name=name, overrides=overrides))
+            plots.append(rrb.TimeSeriesView(origin=place, name=name, overrides=overrides, plot_legend=rrb.PlotLegend(visible=False)))
         words = [
             rrb.TextDocumentView(origin=f"{root}/instruction", name="instruction"),
             rrb.TextLogView(contents=[f"{root}/log", "server/log"]),

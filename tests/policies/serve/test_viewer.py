@@ -41,6 +41,9 @@ def test_cameras_foresight_actions_limits_and_timing_are_in_the_file(tmp_path: P
         for observation in observations:
             reply = await server.service.plan(Request("c0/a b", Observation(**observation)))
             assert not reply.foresight
+        await server.service.reset("c1/b", 6)
+        for observation, delay in zip(observations, (0, 2), strict=False):
+            await server.service.plan(Request("c1/b", Observation(**observation), delay=delay))
         with pytest.raises(Refusal):
             await server.service.plan(Request("c0/a b", Observation(**(seen(9, "raise", size=32) | {"timestamp": 2.0}))))
 
@@ -58,6 +61,10 @@ def test_cameras_foresight_actions_limits_and_timing_are_in_the_file(tmp_path: P
     times, curve = column(recording, f"{root}/action/a3", "Scalars:scalars")
     np.testing.assert_allclose([value[0] for value in curve], np.concatenate(chunks), rtol=1e-6)
     np.testing.assert_allclose(times, np.arange(25 * steps) / 50, atol=1e-6)
+    chunks = [expected(6, step, o["state"], o["images"])[:, 3] for step, o in enumerate(observations[:2])]
+    times, curve = column(recording, "/c1/b/action/a3", "Scalars:scalars")  # the second plan took over 2 steps after it was asked for
+    np.testing.assert_allclose([value[0] for value in curve], np.concatenate([chunks[0][:27], chunks[1][2:27]]), rtol=1e-6)
+    np.testing.assert_allclose(times, np.arange(52) / 50, atol=1e-6)
     assert {tuple(v) for v in column(recording, f"{root}/action/a3/band", "Scalars:scalars")[1]} == {(-2.0, 2.0)}
     assert len(column(recording, f"{root}/timing/model", "Scalars:scalars")[1]) == steps
     said = [v[0] for v in column(recording, f"{root}/log", "TextLog:text")[1]]
