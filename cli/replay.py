@@ -39,7 +39,7 @@ def replay(
     path = policy or recorded.get("path")
     if path is None:
         raise UserError(f"{incident} does not say which policy was served; give one with --policy")
-    source = Source("triune.policies:load_policy", {"path": path, "precision": precision or recorded.get("precision", "auto")}, 1)
+    source = Source("triune.policies:open_policy", {"path": path, "precision": precision or recorded.get("precision", "auto")}, 1)
     with progress_bar("replay") as progress:
         found = asyncio.run(run(source, rows, tolerance, progress))
     passed = all(row.passed for row in found)

@@ -47,7 +47,7 @@ def serve(
     tree = load_tree(find(config or "local", "serve"), [*(overrides or []), *flags])
     settings = parse(Serve, tree, config or "vla serve")
     set_up(log_json, log_level)
-    source = Source("triune.policies:load_policy", {"path": policy, "precision": precision}, settings.batch)
+    source = Source("triune.policies:open_policy", {"path": policy, "precision": precision}, settings.batch)
 
     async def run() -> None:
         server = Server.of(settings, source, Path(policy).name)

@@ -93,7 +93,7 @@ def _connect(stack: Any, policy: str) -> Any:
 
     url = policy
     if not is_remote(policy):
-        source = Source("triune.policies:load_policy", {"path": policy})
+        source = Source("triune.policies:open_policy", {"path": policy})
         url = stack.enter_context(serving(source, Path(policy).name)).url
     return stack.enter_context(open_remote(url).client)
 

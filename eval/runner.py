@@ -19,8 +19,8 @@ from ..envs import View, build_world, camera_names
 from ..envs.vector import WorldPool
 from ..envs.view import choose, describe
 from ..errors import UserError
-from ..policies import Policy, find_checkpoint, load_policy
-from ..policies.lerobot import is_lerobot, load_lerobot
+from ..policies import find_checkpoint, open_policy
+from ..policies.lerobot import is_lerobot
 from ..policies.remote import RemotePolicy, is_remote, open_remote
 from .controls import Change, Control
 from .episodes import Job, Ledger, Row
@@ -93,7 +93,7 @@ def evaluate(
     check_seeds(seed, max(spec.count(task, None, episodes) for task in spec.tasks))
     offers = {task: camera_names(spec.world(task)) for task in spec.tasks}
     cinema = Cinema(out, spec.videos.first, spec.videos.failures)
-    acting = open_remote(policy, foresight=cinema.open) if remote else None if checkpoint is None else _load(checkpoint)
+    acting = open_remote(policy, foresight=cinema.open) if remote else None if checkpoint is None else open_policy(checkpoint)
     facts = {task: _facts(spec, task, offers[task], None if acting is None else acting.contract, policy) for task in spec.tasks}
     fingerprint = _served(acting) if isinstance(acting, RemotePolicy) else None
     if checkpoint is not None:
@@ -107,7 +107,7 @@ def evaluate(
         for cuts, jobs in batches.items():
             left = [job for job in jobs if job.key not in ledger.rows]
             if cuts and left and checkpoint is not None:
-                acting = _load(checkpoint, cuts)
+                acting = open_policy(checkpoint, cuts)
             for row in rollout(left, acting, pool, cinema, slots=spec.slots, settle=spec.settle):
                 ledger.append(row)
                 fresh += 1
@@ -210,10 +210,6 @@ def _facts(spec: Suite, task: str, offers: tuple[str, ...], wanted: Contract | N
     if wanted is not None:
         wanted.require(world.contract, f"policy {policy}", f"world {name}")
     return Facts(view, world.task_description, world.rate, world.contract)
-
-
-def _load(path: Path, cuts: Cuts = ()) -> Policy:
-    return load_lerobot(path) if is_lerobot(path) else load_policy(path, cuts=cuts)
 
 
 def _served(policy: RemotePolicy) -> str:

@@ -26,8 +26,9 @@ from ..vla.realtime import Prefix, Realtime, check_settled, led, settled, traine
 from ..vla.spec import PretrainedExpert
 from ..vla.weights import anchor
 from .base import Plan, Policy, Request
-from .checkpoint import Checkpoint, Dtype, GraphInfo, read_checkpoint
+from .checkpoint import Checkpoint, Dtype, GraphInfo, find_checkpoint, read_checkpoint
 from .inputs import PlainPrompts, Settings
+from .lerobot import is_lerobot, load_lerobot
 from .safety import default_limits
 from .tuning import merge, tune
 
@@ -300,6 +301,20 @@ def load_policy(
     if realtime is not None:
         policy.settings = policy.settings.model_copy(update={"realtime": realtime})
     return policy
+
+
+def open_policy(path: str | Path, cuts: tuple[tuple[str, str], ...] = (), precision: Precision = "auto") -> Policy:
+    """The policy at ``path``: ours, as ``load_policy`` says, or one that lerobot saved, which acts as it is.
+
+    Raises:
+        UserError: as ``load_policy``, or edges or a precision are named for a policy of lerobot.
+    """
+    folder = find_checkpoint(path)
+    if not is_lerobot(folder):
+        return load_policy(folder, cuts, precision)
+    if cuts or precision != "auto":
+        raise UserError(f"{path} is a policy of lerobot, which has no edges to cut and its own precision; leave both out")
+    return load_lerobot(folder)
 
 
 def from_checkpoint(

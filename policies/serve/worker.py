@@ -1,6 +1,6 @@
 """The policy's own process, so that the server answers while it thinks, and outlives it.
 
-python -m triune.policies.serve.worker '{"policy": "triune.policies:load_policy", "arguments": {"path": "runs/mine"}, ...}'
+python -m triune.policies.serve.worker '{"policy": "triune.policies:open_policy", "arguments": {"path": "runs/mine"}, ...}'
 """
 
 import contextlib

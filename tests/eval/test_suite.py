@@ -43,7 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(runner, "camera_names", lambda name: CONTRACT.camera_names)
     monkeypatch.setattr(runner, "WorldPool", FakePool)
     monkeypatch.setattr(runner, "find_checkpoint", lambda path: Path(path))
-    monkeypatch.setattr(runner, "load_policy", lambda path, cuts=(): FakePolicy(blind=("action", "obs") in cuts))
+    monkeypatch.setattr(runner, "open_policy", lambda path, cuts=(): FakePolicy(blind=("action", "obs") in cuts))
     return tmp_path
 
 
@@ -122,7 +122,7 @@ def test_the_scripted_expert_has_no_controls(place: Path) -> None:
 
 def test_a_policy_that_does_not_fit_is_refused_before_anything_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = CONTRACT.model_copy(update={"rate": 20.0})
-    monkeypatch.setattr(runner, "load_policy", lambda path, cuts=(): FakePolicy(contract=other))
+    monkeypatch.setattr(runner, "open_policy", lambda path, cuts=(): FakePolicy(contract=other))
     with pytest.raises(UserError, match=r"does not fit world fake/reach-red: contract: rate is 20.0 here and 10.0 there"):
         run(place)
     assert not (place / "out").exists()

@@ -97,7 +97,7 @@ def test_what_contradicts_the_policy_is_refused(
     said: dict[str, Any], policy: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "find_checkpoint", Path)
-    monkeypatch.setattr(runner, "load_policy", lambda path, cuts=(): FakePolicy(contract=policy()))
+    monkeypatch.setattr(runner, "open_policy", lambda path, cuts=(): FakePolicy(contract=policy()))
     with pytest.raises(UserError) as error:
         evaluate(suite(tmp_path, **said), "it", out=tmp_path / "out")
     assert message in str(error.value) and str(error.value).startswith("policy it does not fit world ")

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from triune_client import Client
 
 from triune import UserError
 from triune.data import ActionChunk, Observation
-from triune.policies import Request, find_checkpoint, read_checkpoint
+from triune.policies import Request, find_checkpoint, open_policy, read_checkpoint
 from triune.policies.lerobot import LeRobotPolicy, is_lerobot, load_lerobot
+from triune.policies.serve import Source
+from triune.policies.serve.local import serving
 
 from ..lerobot_peers import smol_config, smol_fill, smol_folder
 
@@ -176,3 +179,17 @@ def test_policies_that_look_back_are_refused() -> None:
     policy = type("Fake", (), {"config": DiffusionConfig(device="cpu")})
     with pytest.raises(UserError, match="looks at 2 observations"):
         LeRobotPolicy(policy, None, None)
+
+
+@pytest.mark.parametrize("saved", ["act"], indirect=True)
+def test_a_server_serves_it_as_it_is(saved: tuple[Path, Any, Any, Any]) -> None:
+    folder = saved[0]
+    ours = load_lerobot(folder)
+    ours.reset("s", 3)
+    seen = observation(0)
+    with serving(Source("triune.policies:open_policy", {"path": str(folder)}), "act") as server, Client(server.url) as client:
+        client.reset(seed=3)
+        plan = client.infer({"images": seen.images, "state": seen.state, "instruction": seen.instruction, "timestamp": 0.0})
+    np.testing.assert_array_equal(plan.actions, ours.act(Request("s", seen)).chunk.actions)
+    with pytest.raises(UserError, match="no edges to cut and its own precision"):
+        open_policy(folder, precision="bf16")

@@ -82,7 +82,7 @@ def test_an_evaluation_is_the_same_through_a_server(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(runner, "camera_names", lambda name: SQUARES.camera_names)
     monkeypatch.setattr(runner, "WorldPool", FakePool)
     monkeypatch.setattr(runner, "find_checkpoint", Path)
-    monkeypatch.setattr(runner, "load_policy", lambda path, cuts=(): FakePolicy())
+    monkeypatch.setattr(runner, "open_policy", lambda path, cuts=(): FakePolicy())
     write_checkpoint(tmp_path / "run")
     controls = {"instruction swapped": {"instruction": "swap"}}
     tree = {"title": "Two squares", "episodes": 4, "tasks": {"fake/reach-red": {}, "fake/reach-green": {}}, "controls": controls}
