@@ -10,6 +10,7 @@ and ``error {id, code, message}`` instead of any of the answers.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from triune_client.wire import EncodedImage, WireError, decode_image
+from websockets.exceptions import ConnectionClosed
 
 from ....config import parse
 from ....data import ActionChunk, Contract, Observation
@@ -205,7 +207,8 @@ async def _answer(number: int, work: Any, line: Line) -> None:
     except Exception:  # a client that gets no answer waits for ever
         logger.exception("%s got no answer to request %d", line.name, number)
         message = _error(number, Refusal("internal", "the server failed on this request; its log says where"))
-    await line.send(message)
+    with contextlib.suppress(ConnectionClosed, ConnectionError):  # the client left before its answer
+        await line.send(message)
 
 
 def _error(number: int, refusal: Refusal) -> dict[str, Any]:

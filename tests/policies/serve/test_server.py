@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
@@ -77,6 +78,26 @@ def test_sessions_of_a_client_that_leaves_end() -> None:
             await asyncio.sleep(0.01)
 
     served(work)()
+
+
+def test_an_answer_to_a_client_that_has_left_is_no_defect() -> None:
+    async def work(server: Server) -> None:
+        heard: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: heard.append(context))
+        for deadline in (1e-4, None):  # refused and answered, both after it left
+            async with greeted(server) as socket:
+                await ask(socket, type="reset", session="a", seed=1)
+                for number in range(16):
+                    asked = {"session": "a", "observation": seen(size=32), "deadline": deadline}
+                    await socket.send(pack({"type": "infer", "id": number} | asked))
+                socket.transport.abort()
+            while server.service.sessions or server.connections:
+                await asyncio.sleep(0.01)
+        gc.collect()
+        await asyncio.sleep(0.05)
+        assert not heard
+
+    served(work, size=32)()
 
 
 def test_pictures_may_come_encoded() -> None:
