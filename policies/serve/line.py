@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 from triune_client.wire import Limits, WireError, pack, unpack
 from websockets.asyncio.server import ServerConnection
-from websockets.exceptions import ConnectionClosedOK
-from websockets.frames import Frame, Opcode
+from websockets.frames import DATA_OPCODES, Frame, Opcode
 
 from .exchange import Refusal
 from .keys import Keys
@@ -37,34 +36,14 @@ class Bounded(ServerConnection):
         self._entered = False
         self._pings = 0
         self._stalled: asyncio.TimerHandle | None = None
+        self._parts = 0
+        self._unended: asyncio.TimerHandle | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     @property
     def address(self) -> str:
         """Where the client is, without its port."""
         return self._address
-
-    async def __aiter__(self) -> AsyncIterator[bytes | str]:
-        """Messages as they come, until the other side closes, or begins one that does not end."""
-        try:
-            while True:
-                yield await self._message()
-        except ConnectionClosedOK:
-            return
-        except TimeoutError:
-            await self.close(1008, f"a message did not end within {self.silence:g} s")
-        except _Shredded:
-            await self.close(1008, f"a message came in more than {FRAGMENTS} parts")
-
-    async def _message(self) -> bytes | str:
-        parts: list[Any] = []
-        async with asyncio.timeout(None) as limit:
-            async for part in self.recv_streaming():
-                if not parts:
-                    limit.reschedule(self.loop.time() + self.silence)
-                parts.append(part)
-                if len(parts) > FRAGMENTS:
-                    raise _Shredded
-        return parts[0] if len(parts) == 1 else type(parts[0])().join(parts)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -77,8 +56,9 @@ class Bounded(ServerConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._entered:
             self.room.leave(self._address)
-        if self._stalled is not None:
-            self._stalled.cancel()
+        for timer in (self._stalled, self._unended):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -93,10 +73,35 @@ class Bounded(ServerConnection):
 
     def process_event(self, event: Any) -> None:
         super().process_event(event)
-        if self.paused and isinstance(event, Frame) and event.opcode is Opcode.PING:
+        if not isinstance(event, Frame):
+            return
+        if event.opcode in DATA_OPCODES:
+            self._went_on(event.fin)
+        elif self.paused and event.opcode is Opcode.PING:
             self._pings += 1
             if self._pings > PINGS:
                 self._cut()
+
+    def _went_on(self, ended: bool) -> None:
+        """A part of a message came, or all of it."""
+        self._parts = 0 if ended else self._parts + 1
+        if self._unended is not None and ended:
+            self._unended.cancel()
+            self._unended = None
+        elif self._parts == 1:
+            self._unended = self.loop.call_later(self.silence, self._drips)
+        elif self._parts > FRAGMENTS:
+            self._send_away(f"a message came in more than {FRAGMENTS} parts")
+
+    def _drips(self) -> None:
+        """A message has not ended for long."""
+        if self.transport.is_reading():
+            self._send_away(f"a message did not end within {self.silence:g} s")
+        else:  # it is we who do not fetch the rest: other messages come first
+            self._unended = self.loop.call_later(self.silence, self._drips)
+
+    def _send_away(self, reason: str) -> None:
+        self._ending = self._ending or self.loop.create_task(self.close(1008, reason))
 
     def _cut(self) -> None:
         """End at once, in the kernel too, which would keep for minutes what was not fetched."""
@@ -178,7 +183,3 @@ class Line:
         spent = 1e3 * (time.perf_counter() - began)
         await self.connection.send(frame)
         self.timed("encode", spent)
-
-
-class _Shredded(Exception):
-    """A message in too many parts."""

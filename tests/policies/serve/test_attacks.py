@@ -75,10 +75,10 @@ def ask(socket: ClientConnection, **message: Any) -> dict[str, Any]:
     return unpack(socket.recv(timeout=20))
 
 
-def upgraded(server: Standing, address: str = "127.0.0.1", buffer: int | None = None) -> socket.socket:
+def upgraded(server: Standing, address: str = "127.0.0.1", buffer: int | None = None, path: bytes = b"/v1") -> socket.socket:
     """A socket on which websocket frames may be sent, by hand."""
     bare = server.socket(address, buffer)
-    bare.sendall(UPGRADE + b"\r\n")
+    bare.sendall(UPGRADE.replace(b"/v1", path) + b"\r\n")
     assert b" 101 " in until(bare, b"\r\n\r\n")
     return bare
 
@@ -358,6 +358,26 @@ def test_a_message_in_parts_that_drips_is_cut_though_its_client_answers_pings(pl
                 for _, data in [f for f in frames(got) if f[0] == PING]:
                     bare.sendall(frame(PONG, data))
         assert closing(got) == 1008 and time.monotonic() - began < 3 * SILENCE
+
+
+def test_a_message_in_parts_that_waits_for_the_one_before_is_not_cut(plain: Standing) -> None:
+    """The server reads no further while openpi's protocol has an answer under way; that is not the client's fault."""
+    observation = {f"observation/{name}": image for name, image in seen(size=8)["images"].items()} | {"observation/state": seen()["state"]}
+    slow, quick = (pack(observation | {"prompt": word}) for word in (f"sleep {1.4 * SILENCE}", "lift"))
+    parts = [quick[i : i + 100] for i in range(0, len(quick), 100)]
+    with upgraded(plain, path=b"/") as bare:
+
+        def heard(answers: int) -> None:
+            got = b""
+            while (kinds := [kind for kind, _ in frames(got) if kind in (TEXT, BINARY, CLOSE)]) != [BINARY] * answers:
+                assert len(kinds) < answers and CLOSE not in kinds, got[-200:]
+                got += bare.recv(65536)
+
+        heard(1)  # its metadata
+        bare.sendall(frame(BINARY, slow) + frame(BINARY, parts[0], last=False) + b"".join(frame(0, part, last=False) for part in parts[1:]))
+        heard(1)
+        bare.sendall(frame(0, b""))
+        heard(1)
 
 
 def test_a_client_that_is_gone_without_a_word_is_let_go(plain: Standing) -> None:
