@@ -30,7 +30,8 @@ THINKS = 0.05
 def run(peer: Path | None = None, minutes: float = 10.0, thinking: float = 60.0) -> list[Row]:
     """
     Args:
-        peer: a Python file that serves openpi's protocol on the port of its first argument; else plain ``websockets`` with its defaults.
+        peer: a Python file that serves openpi's protocol on the port of its first argument; plain ``websockets`` with its defaults is
+            measured anyway.
         minutes: of the control loop at 50 Hz; thinking: seconds of one long inference.
     """
     return [*overhead(peer), *far(), *alive(thinking), *together(), *realtime(minutes)]
@@ -40,7 +41,7 @@ def overhead(peer: Path | None) -> list[Row]:
     """Round trips of two pictures of 224 x 224 and a state for a chunk of 50 x 32 actions, whose policy takes no time.
 
     Beside: the limit, which is as many bytes there and back over blocking sockets, read and answered by a process that does nothing else;
-    the same over asyncio's streams, which is what any server that has an event loop pays; and a peer's server.
+    the same over asyncio's streams, which is what any server that has an event loop pays; and other servers.
     """
     from triune_client import Client
     from triune_client.wire import pack
@@ -58,17 +59,17 @@ def overhead(peer: Path | None) -> list[Row]:
             socket.create_connection(("127.0.0.1", stack.enter_context(process("streams", len(question), len(answer)))))
         )
         streams.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        other, name = _other(stack, peer, message)
+        others = [_other(stack, one, message) for one in ([None] if peer is None else [None, peer])]
         echoes = [lambda: _raw(raw, question, len(answer)), lambda: _raw(streams, question, len(answer))]
-        spent = in_rounds([lambda: ours.infer(seen), *echoes, other])
-    p50, limit, loop, theirs = (1e3 * statistics.median(times) for times in spent)
+        spent = in_rounds([lambda: ours.infer(seen), *echoes, *(ask for ask, _ in others)])
+    p50, limit, loop, *theirs = (1e3 * statistics.median(times) for times in spent)
     p99 = 1e3 * float(np.quantile(spent[0], 0.99))
     return [
         row("overhead p50", p50, 1.5, "limit", "ms", 1.0),
         row("overhead p99", p99, 1e3 * float(np.quantile(spent[1], 0.99)), "raw TCP echo p99", "ms"),
         row("overhead p50 beside raw TCP", p50, limit, "raw TCP echo of the same bytes, blocking sockets", "ms", 0.25),
         row("overhead p50 beside asyncio", p50, loop, "the same echo over asyncio's streams", "ms"),
-        row("overhead p50 beside a peer", p50, theirs, name, "ms"),
+        *(row("overhead p50 beside a peer", p50, each, name, "ms") for each, (_, name) in zip(theirs, others, strict=True)),
     ]
 
 

@@ -116,16 +116,16 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("given", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_the_server_is_measured_beside_its_limits_and_a_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
+def test_the_server_is_measured_beside_its_limits_and_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "in_rounds", partial(server.in_rounds, rounds=1, each=3))
     peer = tmp_path / "peer.py"
     peer.write_text(OPENPI)
-    rows = server.overhead(peer if given else None)
+    rows = server.overhead(peer)
     assert [r["peer_name"] for r in rows[2:]] == [
         "raw TCP echo of the same bytes, blocking sockets",
         "the same echo over asyncio's streams",
-        "peer.py" if given else "websockets with its defaults",
+        "websockets with its defaults",
+        "peer.py",
     ]
     assert all(0 < r["ours"] < 1000 and r["peer"] > 0 for r in rows) and len({r["ours"] for r in rows[2:]}) == 1
 
