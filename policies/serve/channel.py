@@ -88,7 +88,7 @@ class Coder:
 
 def receive(sock: socket.socket) -> memoryview | None:
     """The body of the next message, None where the other side has gone. Nothing follows it: the sides take turns."""
-    data, end = b"", HEADER.size
+    data, end = bytearray(), HEADER.size
     while len(data) < end:
         try:
             got = sock.recv(max(end - len(data), 1 << 16))

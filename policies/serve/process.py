@@ -89,17 +89,17 @@ class Process:
 
     @classmethod
     async def _spawn(cls, source: Source, spare: bool) -> "Process":
-        requests, answers = Arena.new(source.memory), Arena.new(source.memory)
         ours, theirs = socket.socketpair()
-        fds = {"socket": theirs.fileno(), "requests": requests.fd, "answers": answers.fd}
-        settings = fds | {"size": source.memory, "policy": source.policy, "arguments": source.arguments, "batch": source.batch}
-        settings["spare"] = spare
-        command = [sys.executable, "-m", "triune.policies.serve.worker", json.dumps(settings)]
-        child = subprocess.Popen(command, pass_fds=tuple(fds.values()), stdin=subprocess.DEVNULL)
-        theirs.close()
+        with theirs:
+            _, pipe = await asyncio.get_running_loop().create_connection(_Pipe, sock=ours)  # nothing is waited for once it runs
+            requests, answers = Arena.new(source.memory), Arena.new(source.memory)
+            fds = {"socket": theirs.fileno(), "requests": requests.fd, "answers": answers.fd}
+            settings = fds | {"size": source.memory, "policy": source.policy, "arguments": source.arguments, "batch": source.batch}
+            settings["spare"] = spare
+            command = [sys.executable, "-m", "triune.policies.serve.worker", json.dumps(settings)]
+            child = subprocess.Popen(command, pass_fds=tuple(fds.values()), stdin=subprocess.DEVNULL)
         for fd in (requests.fd, answers.fd):
             os.close(fd)  # the mappings stay
-        _, pipe = await asyncio.get_running_loop().create_connection(_Pipe, sock=ours)
         return cls(child, Coder(requests, answers), pipe, spare)
 
     def ask(self, turn: dict[str, Any], answered: Callable[["dict[str, Any] | ProcessDied"], None]) -> None:

@@ -403,8 +403,11 @@ class Service:
 
     def timed(self, stage: str, ms: float) -> None:
         """Tell listeners, soon, what a dialect spent on a message."""
+        asyncio.get_running_loop().call_soon(self._timed, stage, ms)
+
+    def _timed(self, stage: str, ms: float) -> None:
         for listener in self.listeners:
-            asyncio.get_running_loop().call_soon(listener.timed, stage, ms)
+            listener.timed(stage, ms)
 
     def refused(self, refusal: Refusal, client: str) -> None:
         """Tell listeners of a message that was refused, unless they heard of it as a request."""

@@ -266,7 +266,7 @@ class Guard:
     def sent(self, actions: np.ndarray, state: np.ndarray | None = None) -> None:
         """Actions (C, A) or (A,) went to the robot without ``check``, such as the executed part of a chunk that ``check_chunk`` gave for
         ``state``."""
-        actions = self._shaped(actions if actions.ndim > 1 else actions[None], 2)
+        actions = self._shaped(np.atleast_2d(actions), 2)
         self._memory = self._after(actions, self._told(self._memory, state))
 
     def _begin(self) -> _Memory:

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from triune.errors import UserError
 from triune.policies import Request
 from triune.policies.serve import Service, Source
 from triune.policies.serve.exchange import Refusal, Reply
+from triune.policies.serve.process import Process
 from triune.policies.serve.warden import read_limits
 
 from .conftest import seen
@@ -284,3 +287,22 @@ def test_limits_of_another_robot_are_refused() -> None:
             await service.start()
 
     asyncio.run(work())
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc to count processes")
+def test_a_start_that_is_given_up_leaves_no_process() -> None:
+    def children() -> list[str]:
+        return [child for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()]
+
+    async def main() -> None:
+        before = children()
+        for turns in range(8):  # of the event loop, until it is given up
+            starting = asyncio.create_task(Process.prepare(Source("fakes:Fake", {}), []))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            starting.cancel()
+            with suppress(asyncio.CancelledError):
+                await starting
+            assert children() == before
+
+    asyncio.run(main())
