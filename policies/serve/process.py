@@ -18,6 +18,9 @@ from .channel import HEADER, Arena, Coder
 
 logger = logging.getLogger(__name__)
 
+PIECE = 1 << 16
+"""Bytes that are read at once."""
+
 
 class ProcessDied(Exception):
     """The policy's process ended while it was asked."""
@@ -198,12 +201,13 @@ class Standby:
             await prepared.result().stop(patience=0)
 
 
-class _Pipe(asyncio.Protocol):
+class _Pipe(asyncio.BufferedProtocol):
     """The server's end of the socket to the policy's process."""
 
     transport: asyncio.Transport
 
     def __init__(self) -> None:
+        self._room = memoryview(bytearray(PIECE))
         self._received = bytearray()
         self._reads: Callable[[bytes | None], None] | None = None
         self._gone = False
@@ -217,8 +221,13 @@ class _Pipe(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # other event loops have classes of their own
 
-    def data_received(self, data: bytes) -> None:
-        self._received += data
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where what comes next is to be written."""
+        return self._room
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """So much was written there."""
+        self._received += self._room[:nbytes]
         self._settle()
 
     def connection_lost(self, exc: Exception | None) -> None:

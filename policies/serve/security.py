@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 LEAST = 16
 """Characters of a token."""
+DESK = 1 << 14
+"""Bytes that are read at once."""
 
 
 class Token:
@@ -100,11 +102,15 @@ class Room:
 
     Args:
         total: of all addresses; each: of one.
+
+    Attributes:
+        desk: memory where one after the other reads what came.
     """
 
     def __init__(self, total: int, each: int) -> None:
         self.total, self.each = total, each
         self.taken: Counter[str] = Counter()
+        self.desk = memoryview(bytearray(DESK))
 
     def enter(self, address: str) -> bool:
         """Whether there is room for a socket of ``address``, which then has a place until ``leave``."""

@@ -26,11 +26,12 @@ from ...errors import UserError
 from .config import LOOPBACK, Serve
 from .dialects import groot, harness, openpi, triune
 from .exchange import Code, Refusal
-from .line import Bounded, Connection, Line
+from .line import Connection, Line
 from .operations import Operations
 from .process import Source
 from .security import Rate, Room, Token, from_a_page, names_this_machine, tls, watch_for_death, worth_logging
 from .service import Service
+from .websocket import Bounded
 from .zmtp import Broken, Peer
 
 logger = logging.getLogger(__name__)
@@ -178,7 +179,6 @@ class Server:
             process_request=partial(self._enter, dialects),
             compression=None,
             max_size=self.limits.frame,
-            max_queue=(2, 0),
             open_timeout=silence,
             close_timeout=3,
             ping_interval=silence,

@@ -56,4 +56,4 @@ class Warden:
         if safe is None:
             raise Refusal("internal", f"{events[-1].sentence}: the policy's numbers are not finite, and nothing is known that would hold")
         self.answered = safe.astype(np.float32), seen.timestamp
-        return self.answered[0], dict(Counter(f"{event.kind} {event.name}" for event in events))
+        return self.answered[0], dict(Counter(f"{event.kind} {event.name}" for event in events)) if events else {}

@@ -96,6 +96,23 @@ def test_asking_does_not_wait(client: Client) -> None:
     assert all(one.wait().actions.shape == (4, 2) for one in asked) and time.perf_counter() - begun < 1.5
 
 
+def test_an_answer_has_come_when_it_came_not_when_it_is_fetched(client: Client) -> None:
+    asked = client.ask(observation(), "fine")
+    time.sleep(0.5)
+    assert asked.answered and asked.wait().round_trip < 0.3
+
+
+def test_the_end_is_noticed_while_nobody_asks() -> None:
+    with Fake() as server:
+        client = Client(server.url, timeout=5)
+        client.infer(observation(), "fine")
+    with client:
+        until = time.monotonic() + 5
+        while client.connected and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not client.connected
+
+
 def test_a_refusal_is_an_error_of_its_request_only(client: Client) -> None:
     with pytest.raises(ServerError, match="no camera wrist") as refused:
         client.infer(observation(), "bad")

@@ -125,7 +125,7 @@ class Client:
             ServerError, ConnectionError, TimeoutError: see ``Asked.message``.
             WireError: the observation cannot be sent.
         """
-        return self.ask(observation, session, prefix, delay, deadline, foresight).wait()
+        return self._ask(self._question(observation, session, prefix, delay, deadline, foresight, 1)).wait()
 
     def ask(
         self,
@@ -138,21 +138,7 @@ class Client:
         samples: int = 1,
     ) -> Asked:
         """As ``infer``, without waiting: ``.wait()`` gives the plan."""
-        seen = dict(observation)
-        if self.resize is not None or self.jpeg is not None:
-            seen["images"] = {camera: self._image(image) for camera, image in seen.get("images", {}).items()}
-        return self._ask(
-            {
-                "type": "infer",
-                "session": session,
-                "observation": seen,
-                "prefix": prefix,
-                "delay": delay,
-                "samples": samples,
-                "deadline": deadline,
-                "foresight": foresight,
-            }
-        )
+        return self._ask(self._question(observation, session, prefix, delay, deadline, foresight, samples), waits=False)
 
     def end(self, session: str = "robot") -> None:
         """Tell the server that a session will not go on; raises as ``reset`` does."""
@@ -163,12 +149,28 @@ class Client:
         self._closed = True
         self._link.close()
 
+    def _question(
+        self,
+        observation: Mapping[str, Any],
+        session: str,
+        prefix: np.ndarray[Any, Any] | None,
+        delay: int,
+        deadline: float | None,
+        foresight: bool,
+        samples: int,
+    ) -> dict[str, Any]:
+        seen = dict(observation)
+        if self.resize is not None or self.jpeg is not None:
+            seen["images"] = {camera: self._image(image) for camera, image in seen.get("images", {}).items()}
+        asked = {"observation": seen, "prefix": prefix, "delay": delay, "samples": samples, "deadline": deadline, "foresight": foresight}
+        return {"type": "infer", "session": session, **asked}
+
     def _image(self, image: Any) -> object:
         small = image if self.resize is None else shrink(image, self.resize)
         return small if self.jpeg is None else to_jpeg(small, self.jpeg)
 
-    def _ask(self, message: dict[str, Any]) -> Asked:
-        return self._link.ask(message, self.timeout)
+    def _ask(self, message: dict[str, Any], waits: bool = True) -> Asked:
+        return self._link.ask(message, self.timeout, waits)
 
     def _open(self) -> tuple[Link, Welcome]:
         link = Link(self.url, self._token, self._ca, self.connect_timeout, self.timeout, self.limits)

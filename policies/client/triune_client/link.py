@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import os
-import socket
 import ssl
-import struct
 import threading
 import time
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as LateFuture
-from contextlib import ExitStack
-from typing import Any, Callable
+from typing import Any
 
 from websockets import exceptions
-from websockets.frames import Frame, Opcode
-from websockets.sync.client import ClientConnection, connect
 
 from .messages import PROTOCOL, Plan, ServerError, Welcome, read_plan, read_welcome, refusal
-from .wire import Limits, WireError, pack, unpack
+from .websocket import WebSocket
+from .wire import Limits, WireError, pack_parts, unpack
+
+LOOKS = 0.2
+"""Seconds between two looks at a connection for whose replies nobody waits."""
+GOODBYE = 2.0
+"""Seconds that a server has to say goodbye too."""
 
 
 class Asked:
     """An answer under way; ``wait`` gives it."""
 
-    def __init__(self, link: Link, number: int, reply: Future[Any], timeout: float) -> None:
-        self._link, self._number, self._reply, self._timeout = link, number, reply, timeout
-        self._begun = time.perf_counter()
-        self._ended = 0.0
-        reply.add_done_callback(self._stop)
+    def __init__(self, link: Link, number: int, timeout: float) -> None:
+        self._link, self.number, self._timeout = link, number, timeout
+        self._reply: dict[str, Any] | Exception | None = None
+        self._begun, self._ended = time.perf_counter(), 0.0
+        self._under_way = threading.Lock()
+        self._under_way.acquire()
 
-    def _stop(self, reply: Future[Any]) -> None:
-        self._ended = time.perf_counter()
+    @property
+    def answered(self) -> bool:
+        """Whether ``message`` would not wait."""
+        return self._reply is not None
+
+    def settle(self, reply: dict[str, Any] | Exception) -> None:
+        """The reply came, or there will be none; the first counts."""
+        if self._reply is None:
+            self._ended, self._reply = time.perf_counter(), reply
+            self._under_way.release()
 
     def message(self) -> dict[str, Any]:
         """The reply as it came.
@@ -43,46 +49,34 @@ class Asked:
             ConnectionError: the connection was lost.
             TimeoutError: no answer came in time; one that comes later is dropped.
         """
-        left = max(0.0, self._begun + self._timeout - time.perf_counter())
-        try:
-            return self._reply.result(left)
-        except LateFuture:
-            self._link.forget(self._number)
-            raise TimeoutError(f"no answer within {self._timeout:g} s: the server hangs, or `timeout` is too short for it") from None
+        until = self._begun + self._timeout
+        self._link.read_for(self, until)
+        if self._under_way.acquire(timeout=max(0.0, until - time.perf_counter())):
+            self._under_way.release()
+        if self._reply is None:
+            self._link.forget(self.number)
+            raise TimeoutError(f"no answer within {self._timeout:g} s: the server hangs, or `timeout` is too short for it")
+        if isinstance(self._reply, Exception):
+            raise self._reply
+        return self._reply
 
     def wait(self) -> Plan:
         """The plan; raises as ``message`` does, and ``ConnectionError`` where the reply is no plan."""
         return read_plan(self.message(), self._ended - self._begun)
 
 
-class _Direct(ClientConnection):
-    """A connection whose own thread hands a message on as soon as it is read, which saves waking another that waits in ``recv``.
-
-    Attributes:
-        hand: gets each message that came in one frame; what it leaves (False) is for ``recv``.
-    """
-
-    hand: Callable[[bytes], bool] | None = None
-
-    def process_event(self, event: Any) -> None:
-        whole = isinstance(event, Frame) and event.opcode is Opcode.BINARY and event.fin
-        if not (whole and self.hand is not None and self.hand(event.data)):
-            super().process_event(event)
-
-
 class Link:
-    """One connection: sends from any thread, and the thread that reads hands each reply to who waits for it."""
+    """One connection: sends from any thread. Who waits for a reply reads, for all others too; while nobody waits, a thread looks now and
+    then for pings and for the end, and for replies where somebody asked without waiting."""
 
     def __init__(self, url: str, token: str | None, ca: str | None, wait: float, stuck: float, limits: Limits) -> None:
         self.url, self.limits = url, limits
         self.lost: Exception | None = None
-        self._waiting: dict[int, Future[Any]] = {}
+        self._waiting: dict[int, Asked] = {}
         self._farewell: Exception | None = None
-        self._lock = threading.Lock()
+        self._lock, self._reading, self._wanted = threading.Lock(), threading.Lock(), threading.Event()
         self._numbers = itertools.count(1)
-        self._leave = ExitStack()
-        self._socket = _connect(self._leave, url, token, ca, wait, limits)
-        _bound(self._socket.socket, stuck)
+        self._socket = _connect(url, token, ca, wait, stuck, limits)
 
     def hello(self, contract: dict[str, Any] | None, wait: float) -> Welcome:
         """Say who we are, hear who they are, and begin to read."""
@@ -90,32 +84,47 @@ class Link:
 
         message = {"type": "hello", "id": 0, "protocol": PROTOCOL, "client": f"triune-client {__version__}", "contract": contract}
         try:
-            self._socket.send(pack(message))
-            reply = unpack(_binary(self._socket.recv(timeout=wait)), self.limits)
+            self._socket.send(pack_parts(message))
+            reply = unpack(_binary(self._socket.first(wait)), self.limits)
         except TimeoutError:
             raise TimeoutError(f"{self.url} did not answer within {wait:g} s: is it an action server of Triune?") from None
-        except exceptions.ConnectionClosed as closed:
-            raise ConnectionError(f"{self.url} ended the connection instead of welcoming: {_why(closed)}") from None
+        except OSError as error:
+            raise ConnectionError(f"{self.url} ended the connection instead of welcoming: {error}") from None
         except WireError as error:
             raise ConnectionError(f"{self.url} does not speak Triune's protocol: {error}") from None
         welcome = read_welcome(self.url, reply)
-        self._socket.hand = self._hand
-        threading.Thread(target=self._read, name="triune-client", daemon=True).start()
+        threading.Thread(target=self._keep, name="triune-client", daemon=True).start()
         return welcome
 
-    def ask(self, message: dict[str, Any], timeout: float) -> Asked:
-        number, reply = next(self._numbers), Future()  # type: ignore[var-annotated]
-        frame = pack({**message, "id": number})
+    def ask(self, message: dict[str, Any], timeout: float, waits: bool) -> Asked:
+        """Send a request. ``waits``: whether who asks waits for the answer at once."""
+        asked = Asked(self, next(self._numbers), timeout)
+        parts = pack_parts({**message, "id": asked.number})
         with self._lock:
             if self.lost is not None:
                 raise self.lost
-            self._waiting[number] = reply
-        asked = Asked(self, number, reply, timeout)
+            self._waiting[asked.number] = asked
         try:
-            self._socket.send(frame)
-        except (exceptions.ConnectionClosed, OSError) as error:
-            self._fail(ConnectionError(f"{self.url} takes no more messages: {_why(error)}"))
+            self._socket.send(parts)
+        except OSError as error:
+            self._fail(ConnectionError(f"{self.url} takes no more messages: {error}"))
+        if not waits:
+            self._wanted.set()
         return asked
+
+    def read_for(self, asked: Asked, until: float) -> None:
+        """Read until ``asked`` is answered, or the time is over, unless another thread reads."""
+        if not self._reading.acquire(blocking=False):
+            return
+        try:
+            while not asked.answered:
+                self._read(until - time.perf_counter())
+        except TimeoutError:
+            pass
+        finally:
+            self._reading.release()
+        if self._waiting:
+            self._wanted.set()  # others waited while this thread read for them
 
     def forget(self, number: int) -> None:
         with self._lock:
@@ -123,67 +132,86 @@ class Link:
 
     def close(self) -> None:
         self._fail(ConnectionError(f"the connection to {self.url} was closed here"))
-        self._leave.close()
+        self._part()
 
-    def _read(self) -> None:
-        """Wait for the end of the connection, and for what is left to ``recv``."""
+    def _keep(self) -> None:
+        """While nobody who waits reads: answer pings, notice the end, read for those who asked and do not wait."""
+        while self.lost is None:
+            self._wanted.wait(LOOKS)
+            self._wanted.clear()
+            if not self._reading.acquire(blocking=False):
+                continue
+            try:
+                self._read(0.0)
+                while self._waiting and self.lost is None:
+                    self._read(LOOKS)
+            except TimeoutError:
+                pass
+            finally:
+                self._reading.release()
+            if self._waiting:
+                self._wanted.set()
+        self._part()
+
+    def _part(self) -> None:
+        """Say goodbye, and give the connection back to the system once nobody reads it."""
+        self._socket.goodbye()
+        alone = self._reading.acquire(timeout=GOODBYE)
+        if alone:
+            self._socket.last(GOODBYE)
+        self._socket.end()
+        if not alone:
+            self._reading.acquire()
+        self._socket.close()
+        self._reading.release()
+
+    def _read(self, timeout: float) -> None:
+        """Hand on what comes next.
+
+        Raises:
+            TimeoutError: nothing comes.
+        """
         try:
-            while True:
-                self._take(_binary(self._socket.recv()))
-        except exceptions.ConnectionClosed as closed:
-            self._fail(self._farewell or ConnectionError(f"{self.url} ended the connection: {_why(closed)}"))
-        except (WireError, OSError, TypeError) as error:
+            for frame in self._socket.receive(timeout):
+                self._take(_binary(frame))
+        except ConnectionError as closed:
+            self._fail(self._farewell or ConnectionError(f"{self.url} ended the connection: {closed}"))
+        except (WireError, TypeError) as error:
             self._fail(ConnectionError(f"{self.url} sent what cannot be read: {error}"))
-            self._leave.close()
-
-    def _hand(self, frame: bytes) -> bool:
-        try:
-            self._take(frame)
-        except (WireError, TypeError):  # a thread cannot end the connection that it reads: the other one will
-            return False
-        return True
+            self._socket.end()
 
     def _take(self, frame: bytes) -> None:
         message = unpack(frame, self.limits)
         if not isinstance(message, dict):
             raise WireError("not a map")
         with self._lock:
-            reply = self._waiting.pop(message.get("id"), None)  # type: ignore[arg-type]  # None is in no such map
+            asked = self._waiting.pop(message.get("id"), None)  # type: ignore[arg-type]  # None is in no such map
         error = refusal(message)
-        if reply is None:
+        if asked is None:
             self._farewell = error or self._farewell  # an error that answers nothing is about the connection; a late reply is dropped
-        elif error is None:
-            reply.set_result(message)
         else:
-            reply.set_exception(error)
+            asked.settle(message if error is None else error)
 
     def _fail(self, error: Exception) -> None:
         with self._lock:
             if self.lost is None:
                 self.lost = error
             waiting, self._waiting = list(self._waiting.values()), {}
-        for reply in waiting:
-            reply.set_exception(self.lost)
+        for asked in waiting:
+            asked.settle(self.lost)
+        self._wanted.set()
 
 
-def _connect(leave: ExitStack, url: str, token: str | None, ca: str | None, wait: float, limits: Limits) -> _Direct:
-    """A connection that ``leave`` ends: all versions of websockets know it as a context, 17.1 deprecates another way."""
-    known = inspect.signature(connect).parameters
-    options: dict[str, Any] = {"compression": None, "max_size": limits.frame, "open_timeout": wait, "close_timeout": 2.0}
-    options["create_connection"] = _Direct
-    if token is not None:
-        options["additional_headers"] = {"Authorization": f"Bearer {token}"}
+def _connect(url: str, token: str | None, ca: str | None, wait: float, stuck: float, limits: Limits) -> WebSocket:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    context = None
     if url.startswith("wss:"):
         try:
-            options["ssl" if "ssl" in known else "ssl_context"] = ssl.create_default_context(cafile=ca)
+            context = ssl.create_default_context(cafile=ca)
         except OSError as error:
             raise ValueError(f"{ca} is no file of certificates: {error.strerror or error}") from None
-    if "proxy" in known:
-        options["proxy"] = None  # a robot's control loop goes through none
     try:
-        made = leave.enter_context(connect(url, **options))
-        assert isinstance(made, _Direct)
-        return made
+        return WebSocket(url, headers, context, wait, stuck, limits.frame)
     except exceptions.InvalidStatus as refused:
         status, body = refused.response.status_code, (refused.response.body or b"").decode("utf-8", "replace").strip()[:300]
         if status in (401, 403):
@@ -194,26 +222,15 @@ def _connect(leave: ExitStack, url: str, token: str | None, ca: str | None, wait
     except ssl.SSLCertVerificationError as error:
         mend = "give the certificate that signed it as ca=FILE"
         raise ConnectionError(f"the certificate of {url} is not trusted ({error.verify_message}): {mend}") from None
-    except (ssl.SSLError, exceptions.InvalidHandshake, EOFError) as error:
-        raise ConnectionError(f"{url} does not speak {'TLS and ' * url.startswith('wss:')}websocket: {_why(error)}") from None
-    except (TimeoutError, socket.timeout):  # two things before Python 3.10
+    except (ssl.SSLError, exceptions.InvalidHandshake) as error:
+        raise ConnectionError(f"{url} does not speak {'TLS and ' * url.startswith('wss:')}websocket: {error}") from None
+    except TimeoutError:
         raise TimeoutError(f"no connection to {url} within {wait:g} s") from None
     except OSError as error:
         raise ConnectionError(f"no connection to {url}: {error.strerror or error}") from None
-
-
-def _bound(channel: socket.socket, seconds: float) -> None:
-    """Sending gives up after ``seconds``; a socket of websockets would wait for ever for a server that no longer reads."""
-    if os.name == "posix":
-        channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6)))
 
 
 def _binary(frame: str | bytes) -> bytes:
     if isinstance(frame, str):
         raise WireError(f"a text frame: {frame[:100]!r}")
     return frame
-
-
-def _why(error: Exception) -> str:
-    closed = getattr(error, "rcvd", None)
-    return f"{closed.code} {closed.reason}".strip() if closed is not None else str(error) or type(error).__name__

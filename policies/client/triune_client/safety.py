@@ -31,6 +31,7 @@ import numpy as np
 MODES = ("absolute", "relative", None)
 UNCOUNTED = 1e-6
 """Changes smaller than this, relative to the number where that is above 1, are rounding and count as no event."""
+LARGEST = float(np.finfo(np.float64).max)
 EVERYTHING = np.array(-np.inf), np.array(np.inf)
 
 
@@ -199,7 +200,11 @@ class Guard:
         self._steps, self._places = bool(limits.relative.any()), bool(self._boxed.any())
         self.counts: Counter[tuple[str, str]] = Counter()
         self.reset()
-        self._always = None if self._slows or self._brakes or self._places else self._stages(self._memory)[-1][1:]
+        self._asks = int(limits.state.max())
+        self._always: tuple[np.ndarray, np.ndarray] | None = None  # (lowest, highest) where they depend on nothing
+        if not (self._slows or self._brakes or self._places):
+            _, low, high = self._stages(self._memory)[-1]
+            self._always = np.maximum(low, -LARGEST), np.minimum(high, LARGEST)
 
     @property
     def totals(self) -> dict[str, int]:
@@ -238,6 +243,8 @@ class Guard:
             float64 (C, A), or ``None`` where the first action is not finite and nothing is known to hold the robot.
         """
         actions, memory = self._shaped(actions, 2), self._told(self._memory, state)
+        if self._always is not None and _inside(actions, *self._always):
+            return actions, []
         chunk: np.ndarray | None
         chunk, events = self._passing(actions, memory)
         if len(chunk) < len(actions):
@@ -266,7 +273,7 @@ class Guard:
     def sent(self, actions: np.ndarray, state: np.ndarray | None = None) -> None:
         """Actions (C, A) or (A,) went to the robot without ``check``, such as the executed part of a chunk that ``check_chunk`` gave for
         ``state``."""
-        actions = self._shaped(np.atleast_2d(actions), 2)
+        actions = self._shaped(actions if np.ndim(actions) == 2 else np.atleast_2d(actions), 2)
         self._memory = self._after(actions, self._told(self._memory, state))
 
     def _begin(self) -> _Memory:
@@ -283,11 +290,11 @@ class Guard:
     def _told(self, memory: _Memory, state: np.ndarray | None) -> _Memory:
         """``memory`` with what ``state`` says; numbers in it that are not finite say nothing."""
         limits = self.limits
-        if state is None or limits.state.max() < 0:
+        if state is None or self._asks < 0:
             return memory
         state = np.asarray(state, dtype=np.float64)
-        if state.ndim != 1 or limits.state.max() >= len(state):
-            raise ValueError(f"the state has shape {state.shape}; the limits name its dimension {limits.state.max()}")
+        if state.ndim != 1 or self._asks >= len(state):
+            raise ValueError(f"the state has shape {state.shape}; the limits name its dimension {self._asks}")
         said = np.where(limits.state >= 0, state[limits.state], np.nan)
         said[~np.isfinite(said)] = np.nan
         start = np.isnan(memory.last) & ~limits.relative & limits.known
@@ -437,6 +444,11 @@ def _or(value: float | None, absent: float) -> float:
 
 def _clip(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(value, low), high)
+
+
+def _inside(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> bool:
+    """Whether all are between both, which are finite: so are they."""
+    return bool(((actions >= low) & (actions <= high)).all())
 
 
 def _differ(safe: np.ndarray, action: np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ read. ``__image__`` maps (vla-evaluation-harness) are read as ``EncodedImage`` a
 from __future__ import annotations
 
 import math
+import os
+import struct
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Callable, Mapping
@@ -18,6 +20,10 @@ import numpy as np
 NUMBERS = ("b1", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8")
 DTYPES = {dtype.str: dtype for order in "<>" for dtype in (np.dtype(order + name) for name in NUMBERS)}
 DIMENSIONS = 8
+LARGE = 4096
+"""Bytes from which on an array is a part of its own."""
+_PLACE = msgpack.ExtType(1, os.urandom(16))
+"""Stands where a large array will. Nobody knows it who could write it into a message."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -73,12 +79,36 @@ def pack(message: object) -> bytes:
     Raises:
         WireError: it holds something else, or an array of other kinds than bool, integers, floats and text.
     """
+    return _packed(message, _plain)
+
+
+def pack_parts(message: object) -> list[Any]:
+    """The bytes of ``pack`` in parts, of which large arrays are their own memory: nothing of them is copied. Raises as ``pack``."""
+    large: list[np.ndarray[Any, Any]] = []
+
+    def plain(thing: object) -> object:
+        if not (isinstance(thing, np.ndarray) and thing.nbytes >= LARGE and thing.flags.c_contiguous and thing.dtype.str in DTYPES):
+            return _plain(thing)
+        large.append(thing)
+        return {b"__ndarray__": True, b"data": _PLACE, b"dtype": thing.dtype.str, b"shape": thing.shape}
+
+    first, *others = _packed(message, plain).split(msgpack.packb(_PLACE))
+    parts: list[Any] = [first]
+    for array, other in zip(large, others):
+        size = array.nbytes
+        head = struct.pack(">BH", 0xC5, size) if size < 1 << 16 else struct.pack(">BI", 0xC6, size)  # msgpack's bin 16 and bin 32
+        parts += [head, array.reshape(-1).view(np.uint8).data, other]
+    return parts
+
+
+def _packed(message: object, plain: Callable[[object], object]) -> bytes:
     try:
-        return msgpack.packb(message, default=_plain)
+        packed: bytes = msgpack.packb(message, default=plain)
     except WireError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
         raise WireError(f"the message cannot be packed: {error}") from None
+    return packed
 
 
 def _plain(thing: object) -> object:
@@ -96,7 +126,7 @@ def _plain(thing: object) -> object:
     raise WireError(f"{type(thing).__name__} cannot be packed: use maps, lists, text, numbers and numpy arrays")
 
 
-def unpack(data: bytes, limits: Limits = DEFAULT, also: Callable[[dict[Any, Any]], object] | None = None) -> Any:
+def unpack(data: bytes | memoryview, limits: Limits = DEFAULT, also: Callable[[dict[Any, Any]], object] | None = None) -> Any:
     """The message in ``data``. Arrays are read-only; keys of maps are str (or bytes, of which only other codecs make use).
 
     Args:
@@ -192,11 +222,12 @@ def array(data: object, dtype: object, shape: object, limits: Limits = DEFAULT) 
     kind = _dtype(dtype)
     if not isinstance(shape, (list, tuple)) or len(shape) > DIMENSIONS:
         raise WireError(f"the shape of an array must be a list of at most {DIMENSIONS} lengths")
-    if any(type(length) is not int or not 0 <= length <= limits.array for length in shape):
-        raise WireError("the shape of an array holds something that is no length")
+    for length in shape:
+        if type(length) is not int or not 0 <= length <= limits.array:
+            raise WireError("the shape of an array holds something that is no length")
     if math.prod(shape) * kind.itemsize != len(data):
         raise WireError(f"{len(data)} bytes are not an array of {kind} and shape {tuple(shape)}")
-    made: np.ndarray[Any, Any] = np.frombuffer(data, kind).reshape(shape) if data else np.ndarray(shape, kind, data)
+    made: np.ndarray[Any, Any] = np.ndarray(shape, kind, data)
     if kind.kind == "U" and data:
         codes = np.frombuffer(data, kind.str[0] + "u4")
         if codes.max() > 0x10FFFF or ((codes >= 0xD800) & (codes <= 0xDFFF)).any():
@@ -221,8 +252,7 @@ def _field(entries: Mapping[Any, Any], name: str, bin_keys: bool) -> Any:
 
 
 def _array(entries: Mapping[Any, Any], bin_keys: bool, limits: Limits) -> np.ndarray[Any, Any]:
-    data, dtype, shape = (_field(entries, name, bin_keys) for name in ("data", "dtype", "shape"))
-    return array(data, dtype, shape, limits)
+    return array(_field(entries, "data", bin_keys), _field(entries, "dtype", bin_keys), _field(entries, "shape", bin_keys), limits)
 
 
 def _scalar(entries: Mapping[Any, Any], bin_keys: bool, limits: Limits) -> object:

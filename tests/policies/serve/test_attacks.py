@@ -361,7 +361,7 @@ def test_a_message_in_parts_that_drips_is_cut_though_its_client_answers_pings(pl
 
 
 def test_a_message_in_parts_that_waits_for_the_one_before_is_not_cut(plain: Standing) -> None:
-    """The server reads no further while openpi's protocol has an answer under way; that is not the client's fault."""
+    """The server reads no further while messages wait for openpi's protocol to answer; that is not the client's fault."""
     observation = {f"observation/{name}": image for name, image in seen(size=8)["images"].items()} | {"observation/state": seen()["state"]}
     slow, quick = (pack(observation | {"prompt": word}) for word in (f"sleep {1.4 * SILENCE}", "lift"))
     parts = [quick[i : i + 100] for i in range(0, len(quick), 100)]
@@ -374,8 +374,9 @@ def test_a_message_in_parts_that_waits_for_the_one_before_is_not_cut(plain: Stan
                 got += bare.recv(65536)
 
         heard(1)  # its metadata
-        bare.sendall(frame(BINARY, slow) + frame(BINARY, parts[0], last=False) + b"".join(frame(0, part, last=False) for part in parts[1:]))
-        heard(1)
+        begun = frame(BINARY, parts[0], last=False) + b"".join(frame(0, part, last=False) for part in parts[1:])
+        bare.sendall(frame(BINARY, slow) + frame(BINARY, quick) * 3 + begun)
+        heard(4)
         bare.sendall(frame(0, b""))
         heard(1)
 

@@ -1,0 +1,141 @@
+"""The server's websocket: what is read past the library's parser is what the parser would have read."""
+
+import asyncio
+import random
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from triune_client.websocket import header
+from websockets.asyncio.server import serve
+from websockets.client import ClientProtocol
+from websockets.frames import Opcode
+from websockets.uri import parse_uri
+
+from triune.policies.serve.security import DESK, Room
+from triune.policies.serve.websocket import WAITING, Bounded
+
+SIZES = (0, 1, 125, 126, 127, 300, DESK - 20, DESK - 14, DESK, DESK + 1, 65535, 65536, 200_000)
+LIMIT = 1 << 19
+Work = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]
+
+
+def frame(data: bytes, key: bytes, opcode: Opcode = Opcode.BINARY, fin: bool = True) -> bytes:
+    """As a client sends it."""
+    head = bytes([0x80 * fin | opcode]) + header(len(data), masked=True)[1:]
+    return head + key + bytes(b ^ key[i % 4] for i, b in enumerate(data))
+
+
+def conversation(seed: int) -> tuple[list[bytes], list[bytes | str]]:
+    """Frames in an order that a client may choose, and the messages that they are."""
+    dice = random.Random(seed)
+    sent, meant = list[bytes](), list[bytes | str]()
+    for _ in range(12):
+        key, data = dice.choice((bytes(4), dice.randbytes(4))), dice.randbytes(dice.choice(SIZES))
+        kind = dice.choice(("whole", "whole", "whole", "parts", "text", "ping"))
+        if kind == "whole":
+            sent.append(frame(data, key))
+            meant.append(data)
+        elif kind == "text":
+            sent.append(frame(data.hex().encode(), key, Opcode.TEXT))
+            meant.append(data.hex())
+        elif kind == "ping":
+            sent.append(frame(data[:100], key, Opcode.PING))
+        else:
+            cut = dice.randint(0, len(data))
+            sent += [frame(data[:cut], key, fin=False), frame(b"between", key, Opcode.PING), frame(data[cut:], key, Opcode.CONT)]
+            meant.append(data)
+    return sent, meant
+
+
+def pieces(sent: list[bytes], how: str, dice: random.Random) -> Iterator[bytes]:
+    """The frames as they may arrive."""
+    if how == "frame by frame":
+        yield from sent
+        return
+    data = b"".join(sent)
+    while data:
+        size = len(data) if how == "at once" else dice.choice((1, 2, 5, 13, 14, 15, 1000, DESK, 50_000))
+        yield data[:size]
+        data = data[size:]
+
+
+async def talk(work: Work, slow: float = 0.0, waited: list[int] | None = None) -> list[bytes | str]:
+    """What a server heard of what ``work`` sent after the handshake. ``waited`` gets how many more messages waited beside each."""
+    heard, over = list[bytes | str](), asyncio.Event()
+
+    async def listen(connection: Any) -> None:
+        async for message in connection:
+            heard.append(message if isinstance(message, str) else bytes(message))
+            await asyncio.sleep(slow)
+            if waited is not None:
+                waited.append(len(connection._messages))
+        over.set()
+
+    room = Room(10, 10)
+
+    def made(*given: Any, **settings: Any) -> Bounded:
+        return Bounded(*given, room=room, silence=5.0, **settings)
+
+    async with serve(listen, "127.0.0.1", 0, create_connection=made, compression=None, max_size=LIMIT, ping_interval=None) as server:  # type: ignore[arg-type]
+        port = next(iter(server.sockets)).getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        protocol = ClientProtocol(parse_uri(f"ws://127.0.0.1:{port}"))
+        protocol.send_request(protocol.connect())
+        writer.write(b"".join(protocol.data_to_send()))
+        await reader.readuntil(b"\r\n\r\n")
+        await work(reader, writer)
+        await asyncio.wait_for(reader.read(), 20)  # until the server has said all
+        writer.close()
+        await asyncio.wait_for(over.wait(), 20)
+    return heard
+
+
+@pytest.mark.parametrize("how", ["frame by frame", "at once", "in pieces"])
+@pytest.mark.parametrize("seed", range(8))
+def test_every_conversation_is_heard_as_it_was_meant(seed: int, how: str) -> None:
+    sent, meant = conversation(seed)
+
+    async def work(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for piece in pieces(sent, how, random.Random(seed)):
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0)
+        writer.write(frame(struct.pack("!H", 1000), bytes(4), Opcode.CLOSE))
+
+    assert asyncio.run(talk(work)) == meant
+
+
+@pytest.mark.parametrize("size", [100, 100_000])
+def test_who_sends_faster_than_is_heard_is_read_no_further(size: int) -> None:
+    async def work(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for i in range(60):
+            writer.write(frame(bytes([i]) * size, b"mask"))
+            await writer.drain()
+            await asyncio.sleep(0)  # so that they are read one by one
+        writer.write(frame(struct.pack("!H", 1000), bytes(4), Opcode.CLOSE))
+
+    waited: list[int] = []
+    assert [message[0] for message in asyncio.run(talk(work, 0.01, waited))] == list(range(60))
+    assert WAITING <= max(waited) <= (WAITING if size > DESK else DESK // size)
+
+
+@pytest.mark.parametrize("size", [LIMIT + 1, 1 << 40])
+def test_more_than_the_limit_is_refused_by_its_header(size: int) -> None:
+    async def work(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(header(size, masked=True) + bytes(4) + bytes(100))
+        protocol = await asyncio.wait_for(reader.read(), 5)
+        assert struct.unpack("!H", protocol[2:4]) == (1009,)
+
+    assert asyncio.run(talk(work)) == []
+
+
+@pytest.mark.parametrize("sent", [DESK - 20, 150_000])
+def test_a_message_whose_client_leaves_in_the_middle_is_not_heard(sent: int) -> None:
+    async def work(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(frame(bytes(200_000), b"mask")[:sent])
+        await writer.drain()
+        writer.write_eof()
+
+    assert asyncio.run(talk(work)) == []
