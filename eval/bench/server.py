@@ -4,6 +4,7 @@ The policy is ``Idle``: what is measured is all that is not a policy. Servers, p
 asked in turns, so that what slows the machine for a while slows all of them.
 """
 
+import asyncio
 import contextlib
 import socket
 import statistics
@@ -40,8 +41,8 @@ def run(peer: Path | None = None, minutes: float = 10.0, thinking: float = 60.0)
 def overhead(peer: Path | None) -> list[Row]:
     """Round trips of two pictures of 224 x 224 and a state for a chunk of 50 x 32 actions, whose policy takes no time.
 
-    Beside: the limit, which is as many bytes there and back over blocking sockets, read and answered by a process that does nothing else;
-    the same over asyncio's streams, which is what any server that has an event loop pays; and other servers.
+    Beside: the limit, which is as many bytes there and back over TCP with nothing else done to them, over asyncio's streams as a server with
+    an event loop has them, and over blocking sockets, which is the least that anything costs; and other servers.
     """
     from triune_client import Client
     from triune_client.wire import pack
@@ -50,25 +51,23 @@ def overhead(peer: Path | None) -> list[Row]:
     message = {"type": "infer", "id": 1, "session": "robot", "observation": seen, "prefix": None, "delay": 0, "foresight": False}
     question = pack(message)
     answer = pack({"type": "plan", "id": 1, "actions": np.zeros((CHUNK, ACTION), np.float32), "rate": 50.0, "time": 0.0, "timing": {}})
+    sizes = len(question), len(answer)
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(Client(f"ws://127.0.0.1:{stack.enter_context(process('ours', '{}'))}"))
         ours.reset()
-        raw = stack.enter_context(socket.create_connection(("127.0.0.1", stack.enter_context(process("echo", len(question), len(answer))))))
+        raw = stack.enter_context(socket.create_connection(("127.0.0.1", stack.enter_context(process("echo", *sizes)))))
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        streams = stack.enter_context(
-            socket.create_connection(("127.0.0.1", stack.enter_context(process("streams", len(question), len(answer)))))
-        )
-        streams.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        streams = _streams(stack, stack.enter_context(process("streams", *sizes)), question, len(answer))
         others = [_other(stack, one, message) for one in ([None] if peer is None else [None, peer])]
-        echoes = [lambda: _raw(raw, question, len(answer)), lambda: _raw(streams, question, len(answer))]
-        spent = in_rounds([lambda: ours.infer(seen), *echoes, *(ask for ask, _ in others)])
-    p50, limit, loop, *theirs = (1e3 * statistics.median(times) for times in spent)
+        asked = [lambda: ours.infer(seen), lambda: _raw(raw, question, len(answer)), *(ask for ask, _ in others)]
+        spent = in_rounds([*map(timed, asked), streams])
+    p50, least, *theirs, limit = (1e3 * statistics.median(times) for times in spent)
     p99 = 1e3 * float(np.quantile(spent[0], 0.99))
     return [
         row("overhead p50", p50, 1.5, "limit", "ms", 1.0),
-        row("overhead p99", p99, 1e3 * float(np.quantile(spent[1], 0.99)), "raw TCP echo p99", "ms"),
-        row("overhead p50 beside raw TCP", p50, limit, "raw TCP echo of the same bytes, blocking sockets", "ms", 0.25),
-        row("overhead p50 beside asyncio", p50, loop, "the same echo over asyncio's streams", "ms"),
+        row("overhead p99", p99, 1e3 * float(np.quantile(spent[-1], 0.99)), "raw TCP echo p99", "ms"),
+        row("overhead p50 beside raw TCP", p50, limit, "raw TCP echo of the same bytes over asyncio's streams", "ms", 0.25),
+        row("overhead p50 beside blocking sockets", p50, least, "the same echo over blocking sockets", "ms"),
         *(row("overhead p50 beside a peer", p50, each, name, "ms") for each, (_, name) in zip(theirs, others, strict=True)),
     ]
 
@@ -86,7 +85,7 @@ def far() -> list[Row]:
         pixels, jpeg = (stack.enter_context(Client(f"ws://127.0.0.1:{link}", jpeg=quality)) for quality in (None, 90))
         for client in (pixels, jpeg):
             client.reset()
-        spent = in_rounds([lambda: pixels.infer(seen), lambda: jpeg.infer(seen)], rounds=10, each=5)
+        spent = in_rounds([timed(lambda: pixels.infer(seen)), timed(lambda: jpeg.infer(seen))], rounds=10, each=5)
     plain, small = ([1e3 * float(np.quantile(times, q)) for q in (0.5, 0.99)] for times in spent)
     return [
         row("100 Mbit/s, 10 ms: pixels p50", plain[0], least, "the link alone", "ms", 0.8),
@@ -211,17 +210,56 @@ def process(kind: str, *arguments: object) -> Iterator[int]:
             child.terminate()
 
 
-def in_rounds(works: list[Callable[[], object]], rounds: int = ROUNDS, each: int = EACH) -> list[list[float]]:
-    """Seconds of each call of each of ``works``, asked in turns of ``each`` calls; a first round is not counted."""
+Timed = Callable[[int], list[float]]
+"""Works so many times; the seconds of each."""
+
+
+def timed(work: Callable[[], object]) -> Timed:
+    """The seconds of each call of ``work``."""
+
+    def calls(times: int) -> list[float]:
+        spent = []
+        for _ in range(times):
+            began = time.perf_counter()
+            work()
+            spent.append(time.perf_counter() - began)
+        return spent
+
+    return calls
+
+
+def in_rounds(works: list[Timed], rounds: int = ROUNDS, each: int = EACH) -> list[list[float]]:
+    """Seconds of each of ``works``, asked in turns of ``each`` calls; a first round is not counted."""
     times: list[list[float]] = [[] for _ in works]
     for i in range(rounds + 1):
         for work, spent in zip(works, times, strict=True):
-            for _ in range(each):
-                began = time.perf_counter()
-                work()
-                if i:
-                    spent.append(time.perf_counter() - began)
+            spent += work(each) if i else work(each)[:0]
     return times
+
+
+def _streams(stack: contextlib.ExitStack, port: int, question: bytes, expected: int) -> Timed:
+    """An echo, asked over asyncio's streams."""
+    loop = asyncio.new_event_loop()
+    stack.callback(loop.close)
+    reader, writer = loop.run_until_complete(asyncio.open_connection("127.0.0.1", port))
+
+    async def leave() -> None:
+        writer.close()
+        await writer.wait_closed()
+
+    stack.callback(lambda: loop.run_until_complete(leave()))
+
+    async def calls(times: int) -> list[float]:
+        spent = []
+        for _ in range(times):
+            began = time.perf_counter()
+            writer.write(question)
+            await writer.drain()
+            await reader.readexactly(expected)
+            spent.append(time.perf_counter() - began)
+        return spent
+
+    return lambda times: loop.run_until_complete(calls(times))
 
 
 def _raw(connection: socket.socket, question: bytes, expected: int) -> None:

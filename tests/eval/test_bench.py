@@ -122,8 +122,8 @@ def test_the_server_is_measured_beside_its_limits_and_peers(tmp_path: Path, monk
     peer.write_text(OPENPI)
     rows = server.overhead(peer)
     assert [r["peer_name"] for r in rows[2:]] == [
-        "raw TCP echo of the same bytes, blocking sockets",
-        "the same echo over asyncio's streams",
+        "raw TCP echo of the same bytes over asyncio's streams",
+        "the same echo over blocking sockets",
         "websockets with its defaults",
         "peer.py",
     ]

@@ -48,7 +48,7 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
     (folder / "token").write_text(TOKEN + "\n")
     (folder / "token").chmod(0o600)
     files = {"token_file": str(folder / "token"), "tls_cert": str(PEM), "tls_key": str(PEM)}
-    with Standing(folder / "log", silence=3.0, **files) as server:
+    with Standing(folder / "log", silence=6.0, **files) as server:
         yield server
     log = (folder / "log").read_text()
     assert "Traceback" not in log and TOKEN not in log, log
