@@ -211,7 +211,7 @@ class Service:
         seconds = time.perf_counter() - began
         exchange = Exchange(request, session.seed, answer["step"], reply, None, seconds, chunk["actions"])
         asyncio.get_running_loop().call_soon(self._heard, exchange)  # when the answer is on its way
-        return reply if foresight else replace(reply, foresight={})
+        return reply if foresight or not reply.foresight else replace(reply, foresight={})
 
     async def _put(
         self,

@@ -23,8 +23,6 @@ FRAGMENTS = 4096
 """Parts of one message. A part may be empty, so the bytes of a message do not bound them."""
 PINGS = 8
 """Pings of a client that does not read. Answers to pings wait in memory, and asyncio counts what waits at each write."""
-
-
 MASKED = 0x80
 """In a frame's second byte: that it is masked, as a client's must be (RFC 6455, 5.1)."""
 LENGTHS = {126: struct.Struct("!H"), 127: struct.Struct("!Q")}
@@ -171,7 +169,7 @@ class Bounded(ServerConnection, asyncio.BufferedProtocol):
             if self.paused:
                 await self.drain()
         else:
-            await super().send(message, text)
+            await (super().send(message) if text is None else super().send(message, text))
 
     def _pinged(self, event: Frame) -> None:
         if self.paused and event.opcode is Opcode.PING:

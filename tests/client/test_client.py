@@ -1,6 +1,7 @@
 """The connection, beside a small server of the same protocol: answers find who asked, every wait ends, errors say what to do."""
 
 import ast
+import contextlib
 import shutil
 import socket
 import ssl
@@ -100,6 +101,19 @@ def test_an_answer_has_come_when_it_came_not_when_it_is_fetched(client: Client) 
     asked = client.ask(observation(), "fine")
     time.sleep(0.5)
     assert asked.answered and asked.wait().round_trip < 0.3
+
+
+def test_waiting_takes_no_processor_time(server: Fake) -> None:
+    with Client(server.url, timeout=0.5) as client:
+        for ask in (
+            lambda: time.sleep(0.5),
+            lambda: client.ask(observation(), "never").wait(),
+            lambda: client.infer(observation(), "never"),
+        ):
+            began = time.process_time()
+            with contextlib.suppress(TimeoutError):
+                ask()
+            assert time.process_time() - began < 0.1
 
 
 def test_the_end_is_noticed_while_nobody_asks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import ssl
 import threading
@@ -117,10 +118,8 @@ class Link:
         if not self._reading.acquire(blocking=False):
             return
         try:
-            while not asked.answered:
-                self._read(until - time.perf_counter())
-        except TimeoutError:
-            pass
+            while not asked.answered and time.perf_counter() < until:
+                self._look(until - time.perf_counter())
         finally:
             self._reading.release()
         if self._waiting:
@@ -142,16 +141,18 @@ class Link:
             if not self._reading.acquire(blocking=False):
                 continue
             try:
-                self._read(0.0)
+                self._look(0.0)
                 while self._waiting and self.lost is None:
-                    self._read(LOOKS)
-            except TimeoutError:
-                pass
+                    self._look(LOOKS)
             finally:
                 self._reading.release()
             if self._waiting:
                 self._wanted.set()
         self._part()
+
+    def _look(self, timeout: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            self._read(timeout)
 
     def _part(self) -> None:
         """Say goodbye, and give the connection back to the system once nobody reads it."""

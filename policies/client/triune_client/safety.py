@@ -273,7 +273,10 @@ class Guard:
     def sent(self, actions: np.ndarray, state: np.ndarray | None = None) -> None:
         """Actions (C, A) or (A,) went to the robot without ``check``, such as the executed part of a chunk that ``check_chunk`` gave for
         ``state``."""
-        actions = self._shaped(actions if np.ndim(actions) == 2 else np.atleast_2d(actions), 2)
+        actions = np.atleast_2d(actions)
+        if self._always is not None:
+            actions = actions[-1:]  # nothing depends on those before
+        actions = self._shaped(actions, 2)
         self._memory = self._after(actions, self._told(self._memory, state))
 
     def _begin(self) -> _Memory:
@@ -448,7 +451,7 @@ def _clip(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 def _inside(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> bool:
     """Whether all are between both, which are finite: so are they."""
-    return bool(((actions >= low) & (actions <= high)).all())
+    return bool(np.logical_and.reduce((actions >= low) & (actions <= high), axis=None))
 
 
 def _differ(safe: np.ndarray, action: np.ndarray) -> np.ndarray:
