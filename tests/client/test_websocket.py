@@ -1,6 +1,7 @@
 """The client's websocket beside the library's own server: every message arrives as it was sent, whatever its size and its way."""
 
 import asyncio
+import contextlib
 import ssl
 import threading
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from triune_client.websocket import WebSocket, mask
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
 
 PEM = str(Path(__file__).parent / "tls.pem")
 SIZES = (1, 3, 125, 126, 127, 65535, 65536, 300_001, 3_000_000)
@@ -38,21 +40,25 @@ class Echo:
             await self._over.wait()
 
     async def _echo(self, connection: ServerConnection) -> None:
-        async for message in connection:
-            assert isinstance(message, bytes)
-            if message == b"in parts":
-                await connection.send(iter([b"a", b"", b"bc", bytes(70_000)]))
-            elif message == b"text":
-                await connection.send("words")
-            elif message == b"ping":
-                await (await connection.ping())
-                await connection.send(b"pong came")
-            elif message == b"close":
-                await connection.close(4000, "enough")
-            elif message == b"cut":
-                connection.transport.abort()
-            else:
-                await connection.send(message)
+        with contextlib.suppress(ConnectionClosed):  # some are cut
+            async for message in connection:
+                assert isinstance(message, bytes)
+                await self._answer(connection, message)
+
+    async def _answer(self, connection: ServerConnection, message: bytes) -> None:
+        if message == b"in parts":
+            await connection.send(iter([b"a", b"", b"bc", bytes(70_000)]))
+        elif message == b"text":
+            await connection.send("words")
+        elif message == b"ping":
+            await (await connection.ping())
+            await connection.send(b"pong came")
+        elif message == b"close":
+            await connection.close(4000, "enough")
+        elif message == b"cut":
+            connection.transport.abort()
+        else:
+            await connection.send(message)
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._over.set)
