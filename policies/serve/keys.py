@@ -185,7 +185,10 @@ async def _decoded(value: Any, camera: str, limits: Limits) -> np.ndarray:
 
 def _numbers(value: Any, key: str) -> np.ndarray:
     """float32 (D,) of numbers as a scalar, or the last row of an array (..., D)."""
-    array = np.asarray(value if _plain(value) else None)
+    try:
+        array = np.asarray(value if _plain(value) else None)
+    except ValueError:
+        raise Refusal("bad_request", f"'{key}' is a list of arrays that are not equally long") from None
     if array.dtype.kind not in "biuf":
         raise Refusal("bad_request", f"'{key}' must be an array of numbers")
     if not array.size:

@@ -98,7 +98,8 @@ def test_optional_cameras_and_what_is_not_there() -> None:
     ):
         with pytest.raises(Refusal, match="camera 'top'"):
             picture(bad, "top")
-    for state in ({"a": {}}, [[1], [1, 2]], ["x"], np.array(["x"])):
+    uneven = ([1, np.zeros(2)], [np.zeros(1), np.zeros(2)], [1, np.zeros((1, 1, 6), np.uint8)])
+    for state in ({"a": {}}, [[1], [1, 2]], ["x"], np.array(["x"]), *uneven):
         with pytest.raises(Refusal):
             read(Keys(instruction=""), {"top": image, "state": state}, contract(("top",), 1))
 
