@@ -201,7 +201,9 @@ def _plain(value: Any) -> bool:
     """Whether NumPy may look at it: a text in a list would make every entry as long."""
     if isinstance(value, list):
         return all(not isinstance(each, list) and _plain(each) for each in value)
-    return isinstance(value, int | float | np.number | np.bool_ | np.ndarray)
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biuf"
+    return isinstance(value, int | float | np.number | np.bool_)
 
 
 def _path(key: str) -> str:
