@@ -6,8 +6,6 @@ import numpy as np
 
 from ..errors import UserError
 
-_PIXEL = np.dtype(np.uint8)
-
 
 @dataclass(frozen=True, eq=False)
 class Observation:
@@ -34,11 +32,11 @@ class Observation:
 
     def __post_init__(self) -> None:
         for camera, image in self.images.items():
-            if not isinstance(image, np.ndarray) or image.dtype != _PIXEL or image.ndim != 3 or image.shape[2] != 3:
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
                 raise UserError(f"image '{camera}' must be a uint8 array of shape (height, width, 3), got {got}")
         state = np.asarray(self.state, dtype=np.float32)
-        if state.ndim != 1 or not np.logical_and.reduce(np.isfinite(state)):
+        if state.ndim != 1 or not np.isfinite(state).all():
             raise UserError(f"state must be a finite vector of shape (S,), got shape {state.shape}")
         object.__setattr__(self, "state", state)
 

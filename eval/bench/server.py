@@ -252,7 +252,9 @@ def in_rounds(works: list[Timed], rounds: int = ROUNDS, each: int = EACH) -> lis
     times: list[list[float]] = [[] for _ in works]
     for i in range(rounds + 1):
         for work, spent in zip(works, times, strict=True):
-            spent += work(each) if i else work(each)[:0]
+            seconds = work(each)
+            if i:
+                spent += seconds
     return times
 
 

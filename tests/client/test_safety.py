@@ -262,3 +262,10 @@ def test_the_watchdog() -> None:
     assert not dog.starved(200.0)
     with pytest.raises(ValueError, match="above 0 seconds"):
         Watchdog(0.0)
+
+
+def test_a_chunk_that_passes_is_a_copy() -> None:
+    guard = Guard(ActionLimits.from_dict({"dimensions": [{"name": "x"}]}), 10.0)
+    asked = np.zeros((3, 1))
+    safe, _ = guard.check_chunk(asked)
+    assert safe is not None and not np.shares_memory(safe, asked)

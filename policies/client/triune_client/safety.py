@@ -244,7 +244,7 @@ class Guard:
         """
         actions, memory = self._shaped(actions, 2), self._told(self._memory, state)
         if self._always is not None and _inside(actions, *self._always):
-            return actions, []
+            return actions.copy(), []
         chunk: np.ndarray | None
         chunk, events = self._passing(actions, memory)
         if len(chunk) < len(actions):
@@ -451,7 +451,7 @@ def _clip(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 def _inside(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> bool:
     """Whether all are between both, which are finite: so are they."""
-    return bool(np.logical_and.reduce((actions >= low) & (actions <= high), axis=None))
+    return bool(((actions >= low) & (actions <= high)).all())
 
 
 def _differ(safe: np.ndarray, action: np.ndarray) -> np.ndarray:
