@@ -1,15 +1,18 @@
 """Messages between the server and the process of its policy: headers through a socket, arrays through memory that both share. No pickle.
 
-Each side writes arrays into a memory of its own, from the start again for each message; the other side copies them out. That is safe
-because the two take turns: nothing is sent before the answer to what was sent last.
+Each side lays arrays into a memory of its own. The two take turns: what a message brought stays where it is until it is answered, and
+longer where the other side says in its answer that it still reads it, as a policy does that keeps pictures.
 """
 
+import contextlib
+import math
 import mmap
 import os
+import select
 import socket
 import struct
 import tempfile
-from dataclasses import dataclass
+import weakref
 from typing import Any
 
 import msgpack
@@ -19,6 +22,8 @@ HEADER = struct.Struct("<I")
 SHARED, INLINE = 1, 2  # kinds of msgpack extension: an array in the shared memory, or in the message
 SMALL = 4096
 """Bytes below which an array travels in the message."""
+APART = 64
+"""Blocks begin at multiples of this."""
 
 
 class Arena:
@@ -28,6 +33,8 @@ class Arena:
         self.fd, self.size = fd, size
         self._map = mmap.mmap(fd, size)
         self.memory = np.frombuffer(self._map, np.uint8)
+        self.begin = int(self.memory.ctypes.data)
+        self._blocks: list[tuple[int, int, weakref.ref[np.ndarray]]] = []
 
     @classmethod
     def new(cls, size: int) -> "Arena":
@@ -37,36 +44,63 @@ class Arena:
         os.ftruncate(fd, size)
         return cls(fd, size)
 
+    def take(self, size: int, end: int | None = None) -> tuple[int, np.ndarray] | None:
+        """The lowest block (size,) of uint8 that is free, below ``end``, and its place: it is taken for as long as it or a memoryview of
+        it is referred to. None where there is none."""
+        self._blocks = [block for block in self._blocks if block[2]() is not None]
+        at, place = 0, 0
+        for begin, after, _ in self._blocks:
+            if at + size <= begin:
+                break
+            at, place = -(-after // APART) * APART, place + 1
+        if at + size > (self.size if end is None else end):
+            return None
+        block = self.block(at, size)
+        self._blocks.insert(place, (at, at + size, weakref.ref(block)))
+        return at, block
+
+    def block(self, place: int, size: int) -> np.ndarray:
+        """The memory (size,) at ``place``. All views of it, and views of those, refer to it: a slice of an array would be passed over."""
+        return np.frombuffer(self._map, np.uint8, size, place)
+
+    def place(self, array: np.ndarray) -> int | None:
+        """Where a contiguous array lies in here, if it does."""
+        at = int(array.__array_interface__["data"][0]) - self.begin
+        return at if at >= 0 and at + array.nbytes <= self.size else None
+
     def close(self) -> None:
-        """Give the memory back now: the mapping has a file of its own, which waits for a garbage collection otherwise."""
+        """Give the memory back now, or when the last who reads in it lets go: the mapping has a file of its own, which would wait for a
+        garbage collection otherwise."""
         del self.memory
-        self._map.close()
+        with contextlib.suppress(BufferError):  # somebody still reads
+            self._map.close()
 
 
-@dataclass
 class Coder:
     """Objects of msgpack, in which arrays may stand, to bytes and back.
 
-    Attributes:
-        mine: where this side's arrays are written; theirs: where the other side's are read.
+    Args:
+        mine: where this side's arrays are; theirs: where the other side's are read.
+        in_place: give arrays as read-only views of ``theirs``, not as copies of their own.
     """
 
-    mine: Arena
-    theirs: Arena
-    used: int = 0
-
-    def __post_init__(self) -> None:
+    def __init__(self, mine: Arena, theirs: Arena, in_place: bool = False) -> None:
+        self.mine, self.theirs, self.in_place = mine, theirs, in_place
         self._packer, self._places = msgpack.Packer(default=self._put), msgpack.Packer()  # making one takes longer than packing
+        self._lent: dict[int, np.ndarray] = {}
+        self._read: dict[int, weakref.ref[np.ndarray]] = {}
 
     def encode(self, message: Any) -> bytes:
-        """Header and body of a message."""
-        self.used = 0
-        body: bytes = self._packer.pack(message)
+        """Header and body of a message. Arrays that lie in ``mine`` already stay where they are."""
+        self._read = {place: block for place, block in self._read.items() if block() is not None}
+        body: bytes = self._packer.pack([list(self._read), message])
         return HEADER.pack(len(body)) + body
 
     def decode(self, body: bytes | memoryview) -> Any:
-        """The message whose body that is; its arrays are copies of their own."""
-        return msgpack.unpackb(body, ext_hook=self._get, strict_map_key=False)
+        """The message whose body that is, which answers what was sent last."""
+        read, message = msgpack.unpackb(body, ext_hook=self._get, strict_map_key=False)
+        self._lent = {place: self._lent[place] for place in read}
+        return message
 
     def _put(self, value: Any) -> Any:
         if isinstance(value, np.generic):
@@ -74,25 +108,42 @@ class Coder:
         if not isinstance(value, np.ndarray):
             raise TypeError(f"{type(value).__name__} cannot be sent to another process")
         array = np.ascontiguousarray(value)
-        end = self.used + array.nbytes
-        if array.nbytes < SMALL or end > self.mine.size:
+        place = self._lend(array) if array.nbytes >= SMALL else None
+        if place is None:
             return msgpack.ExtType(INLINE, self._places.pack([array.dtype.str, array.shape, array.tobytes()]))
-        np.copyto(self.mine.memory[self.used : end], array.reshape(-1).view(np.uint8))
-        place = msgpack.ExtType(SHARED, self._places.pack([array.dtype.str, array.shape, self.used]))
-        self.used = -(-end // 64) * 64
+        return msgpack.ExtType(SHARED, self._places.pack([array.dtype.str, array.shape, place]))
+
+    def _lend(self, array: np.ndarray) -> int | None:
+        """Where the array lies in the shared memory, once it does; None where there is no room."""
+        place = self.mine.place(array)
+        if place is None:
+            taken = self.mine.take(array.nbytes)
+            if taken is None:
+                return None
+            place, block = taken
+            block[:] = array.reshape(-1).view(np.uint8)
+            array = block
+        self._lent[place] = array
         return place
 
     def _get(self, kind: int, data: bytes) -> np.ndarray:
         dtype, shape, where = msgpack.unpackb(data)
         if kind == INLINE:
             return np.frombuffer(where, dtype).reshape(shape).copy()
-        return np.ndarray(shape, dtype, self.theirs.memory.data, where).copy()
+        if not self.in_place:
+            return np.ndarray(shape, dtype, self.theirs.memory.data, where).copy()
+        block = self.theirs.block(where, math.prod(shape) * np.dtype(dtype).itemsize)
+        self._read[where] = weakref.ref(block)
+        return np.ndarray(shape, dtype, memoryview(block).toreadonly())
 
 
 def receive(sock: socket.socket) -> memoryview | None:
     """The body of the next message, None where the other side has gone. Nothing follows it: the sides take turns."""
+    coming = select.poll()  # who sleeps in ``recv`` is also woken when the other side reads
+    coming.register(sock, select.POLLIN)
     data, end = bytearray(), HEADER.size
     while len(data) < end:
+        coming.poll()
         try:
             got = sock.recv(max(end - len(data), 1 << 14))
         except ConnectionResetError:

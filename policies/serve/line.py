@@ -1,10 +1,12 @@
 """One connection as a dialect sees it, and what it may cost."""
 
 import time
-from collections.abc import AsyncIterator, Callable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from triune_client import outofband
 from triune_client.wire import Limits, WireError, pack, unpack
 
 from .exchange import Refusal
@@ -12,12 +14,27 @@ from .keys import Keys
 from .security import Rate, Token
 
 
-class Connection(Protocol):
+class Connection(ABC):
     """What carries frames: a ``websocket.Bounded``, or a ``zmtp.Peer``."""
 
-    def __aiter__(self) -> AsyncIterator[Any]: ...
+    @abstractmethod
+    def __aiter__(self) -> AsyncIterator[Any]:
+        """Frames as they come, until the other side closes."""
 
-    async def send(self, message: Any, /) -> None: ...
+    @abstractmethod
+    async def send(self, message: Any) -> None:
+        """Send a frame; ends when the other side may be sent the next."""
+
+    async def listen(self, hear: Callable[[Any], Awaitable[None] | None]) -> None:
+        """Give ``hear`` each frame until the other side closes; further frames wait while what it gave back is not done."""
+        async for frame in self:
+            later = hear(frame)
+            if later is not None:
+                await later
+
+    def send_now(self, message: bytes) -> bool:
+        """Send in this turn of the event loop, unless the other side does not read as fast; whether it was sent."""
+        return False
 
 
 def word(value: object) -> str:
@@ -56,11 +73,18 @@ class Line:
         """Frames as they come, until the other side closes: text, or bytes of some kind."""
         return aiter(self.connection)
 
-    def decode(self, frame: bytes | memoryview | str, also: Callable[[dict[Any, Any]], object] | None = None) -> Any:
+    async def listen(self, hear: Callable[[Any], Awaitable[None] | None]) -> None:
+        """As ``Connection.listen``."""
+        await self.connection.listen(hear)
+
+    def decode(
+        self, frame: bytes | memoryview | str, also: Callable[[dict[Any, Any]], object] | None = None, out_of_band: bool = False
+    ) -> Any:
         """The message in a frame; ``decoded`` is how many milliseconds that took.
 
         Args:
             also: another codec's words, see ``triune_client.wire.unpack``.
+            out_of_band: its arrays stand behind it.
 
         Raises:
             Refusal: too many requests, text, or no message within the limits.
@@ -71,17 +95,24 @@ class Line:
             raise Refusal("bad_request", "this server takes binary frames of msgpack, and a text frame came")
         began = time.perf_counter()
         try:
-            message = unpack(frame, self.limits, also)
+            message = outofband.unpack(frame, self.limits) if out_of_band else unpack(frame, self.limits, also)
         except WireError as error:
             raise Refusal("bad_request", str(error)) from None
         self.decoded = 1e3 * (time.perf_counter() - began)
         self.timed("decode", self.decoded)
         return message
 
-    async def send(self, message: Any) -> None:
-        """Send one message."""
+    async def send(self, message: Any, out_of_band: bool = False) -> None:
+        """Send one message, with its arrays in it or behind it."""
+        later = self.say(message, out_of_band)
+        if later is not None:
+            await later
+
+    def say(self, message: Any, out_of_band: bool = False) -> Awaitable[None] | None:
+        """The same in this turn of the event loop, where the connection can; else gives what is to be awaited."""
         began = time.perf_counter()
-        frame = pack(message)
+        frame = b"".join(outofband.pack_parts(message)) if out_of_band else pack(message)
         spent = 1e3 * (time.perf_counter() - began)
-        await self.connection.send(frame)
+        later = None if self.connection.send_now(frame) else self.connection.send(frame)
         self.timed("encode", spent)
+        return later

@@ -227,7 +227,12 @@ class _Pipe(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """So much was written there."""
-        self._received += self._room[:nbytes]
+        data, reads = self._room[:nbytes], self._reads
+        if reads is not None and not self._received and nbytes > HEADER.size and HEADER.unpack_from(data)[0] == nbytes - HEADER.size:
+            self._reads = None
+            reads(bytes(data[HEADER.size :]))  # all of it and nothing else, as nearly always
+            return
+        self._received += data
         self._settle()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -1,7 +1,8 @@
 """The flight recorder: the latest requests and answers in memory, written to a folder when something went wrong.
 
-Memory holds the arrays as they came, without a copy; a thread of its own turns them into PNG and writes them (``data.incidents``), so
-that the server goes on meanwhile. ``vla data inspect`` opens what it writes, ``vla replay`` asks it again.
+Memory holds copies of the pictures, since those that came lie where the next ones want to be read; a thread of its own turns them into
+PNG and writes them (``data.incidents``), so that the server goes on meanwhile. ``vla data inspect`` opens what it writes, ``vla replay``
+asks it again.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -193,7 +195,8 @@ def recorded(exchange: Exchange, now: float) -> Recorded:
     """An exchange as it is written."""
     request, reply, refusal = exchange.request, exchange.reply, exchange.refusal
     prefix = None if request.prefix is None else request.prefix.actions
-    asked = (now, request.session, exchange.seed, exchange.step, request.observation, prefix, request.delay, request.samples)
+    seen = replace(request.observation, images={camera: image.copy() for camera, image in request.observation.images.items()})
+    asked = (now, request.session, exchange.seed, exchange.step, seen, prefix, request.delay, request.samples)
     if reply is None:
         assert refusal is not None
         return Recorded(*asked, code=refusal.code, message=str(refusal), seconds=exchange.seconds)

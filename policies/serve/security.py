@@ -10,10 +10,11 @@ import ssl
 import stat
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 from websockets.exceptions import WebSocketException
 
 from ...errors import UserError
@@ -105,12 +106,14 @@ class Room:
 
     Attributes:
         desk: memory where one after the other reads what came.
+        memory: gives memory for a large message of so many bytes.
     """
 
     def __init__(self, total: int, each: int) -> None:
         self.total, self.each = total, each
         self.taken: Counter[str] = Counter()
         self.desk = memoryview(bytearray(DESK))
+        self.memory: Callable[[int], np.ndarray] = lambda size: np.empty(size, np.uint8)
 
     def enter(self, address: str) -> bool:
         """Whether there is room for a socket of ``address``, which then has a place until ``leave``."""

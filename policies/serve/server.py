@@ -64,6 +64,7 @@ class Server:
         self.rate = Rate(config.rate, 2 * config.rate)
         self.knocks = Rate(20.0, 100.0)
         self.room = Room(config.clients + 2 * HANDSHAKES, config.each_address + HANDSHAKES)
+        self.room.memory = service.room
         self.connections: Counter[str] = Counter()
         self.pages: dict[str, Callable[[], tuple[int, str, bytes]]] = {
             "/healthz": lambda: (200, "text/plain", b"OK\n"),
@@ -123,6 +124,7 @@ class Server:
         contract, said = self.service.contract, self.service.introduction
         return {
             "protocol": triune.PROTOCOL,
+            "out_of_band": True,
             "server": f"triune-vla {__version__}",
             "policy": self.name,
             "contract": contract.model_dump(mode="json"),
@@ -185,7 +187,7 @@ class Server:
             ping_timeout=silence,
             server_header=None,
             logger=sockets,
-            create_connection=partial(Bounded, room=self.room, silence=silence),  # type: ignore[arg-type]
+            create_connection=partial(Bounded, room=self.room, silence=silence, limit=self.limits.frame),  # type: ignore[arg-type]
             **secure,
         )
 

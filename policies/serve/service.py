@@ -9,11 +9,11 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 from triune_client import ActionLimits
 
 from ...config import parse
@@ -22,39 +22,10 @@ from ...errors import UserError
 from ..base import Request
 from .exchange import Exchange, Listener, Refusal, Reply
 from .process import Process, ProcessDied, Source, Standby
+from .question import Command, Question, Session
 from .warden import Warden, read_limits
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """A command in the queue. ``future`` gets the answer's tree, or a ``Refusal``."""
-
-    kind: Literal["reset", "close", "plan"]
-    session: str
-    body: Any
-    future: asyncio.Future[Any]
-    deadline: float | None = None
-    since: float = field(default_factory=time.perf_counter)
-    owner: "_Session | None" = None
-
-
-@dataclass(eq=False)
-class _Session:
-    """
-    Attributes:
-        step: plans that the policy has made for it since it began, also those that came too late for their client.
-        asked, left: when it asked last, and when the policy had its last answer; gap: seconds from an answer to the next request. Zero
-            where nothing is known.
-    """
-
-    seed: int
-    step: int = 0
-    asked: float = 0.0
-    left: float = 0.0
-    gap: float = 0.0
-    warden: Warden | None = None
 
 
 class Service:
@@ -90,8 +61,8 @@ class Service:
         self.source, self.window, self.limit, self.patience, self.restarts = source, window, queue, patience, restarts
         self.memory, self.held = memory, 0
         self.listeners: list[Listener] = []
-        self.sessions: dict[str, _Session] = {}
-        self.waiting: deque[_Waiting] = deque()
+        self.sessions: dict[str, Session] = {}
+        self.waiting: deque[Command] = deque()
         self.process: Process | None = None
         self.standby = Standby(source, standby)
         self.introduction: dict[str, Any] = {}
@@ -99,11 +70,12 @@ class Service:
         self.draining = False
         self.asked = 0
         self._busy = True
-        self._turn: list[_Waiting] = []
-        self._call = 0.0
+        self._turn: list[Command] = []
+        self._call = self._asked = 0.0
         self._free = 0.0
-        self._company: list[_Session] = []
+        self._company: list[Session] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._watching: asyncio.TimerHandle | None = None
         self._deaths: deque[float] = deque(maxlen=restarts)
         self._mending: asyncio.Task[None] | None = None
 
@@ -139,24 +111,31 @@ class Service:
     async def stop(self) -> None:
         """Refuse what still waits, and end the policy's process."""
         self._busy = True
+        if self._watching is not None:
+            self._watching.cancel()
         if self._mending is not None:
             self._mending.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._mending
         for waiting in [*self._turn, *self._take_all()]:
-            self._refuse(waiting, Refusal("worker", "the server is stopping; connect again when it is back"))
+            waiting.settle(Refusal("worker", "the server is stopping; connect again when it is back"))
         self._turn = []
         if self.process is not None:
             await self.process.stop()
             self.process = None
         await self.standby.stop()
 
+    def room(self, size: int) -> np.ndarray:
+        """Memory (size,) of uint8 for a message, where the policy's process can read it without a copy of ours."""
+        taken = None if self.process is None else self.process.coder.mine.take(size, self.source.memory // 2)
+        return np.empty(size, np.uint8) if taken is None else taken[1]  # the other half is for what comes by other ways
+
     async def reset(self, session: str, seed: int, step: int = 0) -> None:
         """Begin an episode of ``session``, whose noise is keyed by ``seed``, at its plan number ``step``."""
         warden = None if self.limits is None else Warden(self.limits, self.contract)
-        self.sessions[session] = _Session(seed, step, warden=warden)
+        self.sessions[session] = Session(seed, step, warden=warden)
         self._tell("reset", session)
-        await self._put("reset", session, [seed, step])
+        await self._command("reset", session, [seed, step])
 
     async def close(self, session: str) -> None:
         """Forget a session, if it was ever begun."""
@@ -164,7 +143,7 @@ class Service:
             ended.gap = 0.0
             self._tell("close", session)
             with contextlib.suppress(Refusal):  # a policy that has ended, or is about to, has forgotten it
-                await self._put("close", session, None)
+                await self._command("close", session, None)
 
     async def plan(self, request: Request, deadline: float | None = None, foresight: bool = False) -> Reply:
         """Answer one request.
@@ -176,70 +155,74 @@ class Service:
         Raises:
             Refusal: ``late``, ``busy``, ``bad_request``, ``worker`` or ``internal``, with a sentence for the client.
         """
-        began, size = time.perf_counter(), _bytes(request)
-        session = self.sessions.get(request.session)
-        looked_at = [listener.wants_foresight(request) for listener in self.listeners]  # each counts its own samples
-        drawn = foresight or any(looked_at)
-        self.asked += 1
-        self.held += size
-        try:
-            if self.draining:
-                raise Refusal("worker", "the server is stopping; connect again when it is back")
-            if session is None:
-                raise Refusal("bad_request", f"session '{request.session}' has not begun: send a reset before the first request")
-            if self.held > self.memory:
-                raise Refusal("busy", f"requests of {self.held >> 20} MiB wait already; send smaller pictures, or ask less often")
-            if session.left > session.asked:
-                session.gap = began - session.left
-            session.asked = began
-            answer = await self._put("plan", request.session, _tree(request, drawn), deadline, session)
-            if "code" in answer:
-                raise Refusal(answer["code"], answer["message"])
-            chunk = answer["chunk"]
-            actions, events = chunk["actions"], dict[str, int]()
-            if session.warden is not None:
-                actions, events = session.warden.keep(request.observation, chunk["actions"])
-        except Refusal as refusal:
-            seconds, refusal.heard = time.perf_counter() - began, True
-            self._heard(Exchange(request, session.seed if session else 0, session.step if session else 0, None, refusal, seconds))
-            raise
-        finally:
-            self.asked -= 1
-            self.held -= size
-        said = (answer["timing"], answer["value"], events, answer["foresight"], answer["samples"])
-        reply = Reply(actions, chunk["rate"], chunk["time"], *said)
-        seconds = time.perf_counter() - began
-        exchange = Exchange(request, session.seed, answer["step"], reply, None, seconds, chunk["actions"])
-        asyncio.get_running_loop().call_soon(self._heard, exchange)  # when the answer is on its way
-        return reply if foresight or not reply.foresight else replace(reply, foresight={})
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
-    async def _put(
+        def answered(reply: Reply | Refusal) -> None:
+            if future.done():  # whoever asked has gone
+                return
+            if isinstance(reply, Reply):
+                future.set_result(reply)
+            else:
+                future.set_exception(reply)
+
+        question = self.ask(request, answered, deadline, foresight)
+        try:
+            return await future
+        finally:
+            question.give_up()
+
+    def ask(
+        self, request: Request, answered: Callable[[Reply | Refusal], None], deadline: float | None = None, foresight: bool = False
+    ) -> Question:
+        """As ``plan``, without waiting: ``answered`` gets the reply or the refusal, maybe before this ends."""
+        question = Question(self, request, answered, foresight)
+        question.ask(deadline)
+        return question
+
+    def put(
         self,
         kind: Literal["reset", "close", "plan"],
         session: str,
         body: Any,
+        answered: Callable[[Any], None],
         deadline: float | None = None,
-        owner: _Session | None = None,
-    ) -> Any:
+        owner: Session | None = None,
+    ) -> Command:
+        """Take a command into the queue.
+
+        Raises:
+            Refusal: the queue is full, or nobody will ever answer.
+        """
         if self.failed is not None:
             raise Refusal("worker", "the policy has ended and will not be started again; the server's log says why")
         if kind == "plan" and len(self.waiting) >= self.limit:
             raise Refusal("busy", f"{len(self.waiting)} requests wait already; ask less often, or serve this policy on more machines")
-        loop = asyncio.get_running_loop()
-        until = None if deadline is None else loop.time() + deadline
-        waiting = _Waiting(kind, session, body, loop.create_future(), until, owner=owner)
+        waiting = Command(kind, session, body, answered, owner=owner)
+        if deadline is not None:
+            loop = asyncio.get_running_loop()
+            waiting.deadline = loop.time() + deadline
+            waiting.timer = loop.call_later(max(deadline, 0.0), self._late, waiting, deadline)
         self.waiting.append(waiting)
         self._go()
-        if deadline is None:
-            return await waiting.future
-        timer = loop.call_later(max(deadline, 0.0), self._late, waiting, deadline)
-        try:
-            return await waiting.future
-        finally:
-            timer.cancel()
+        return waiting
 
-    def _late(self, waiting: _Waiting, deadline: float) -> None:
-        self._refuse(waiting, Refusal("late", f"no answer within {1e3 * deadline:.0f} ms; hold, and ask again with a new observation"))
+    async def _command(self, kind: Literal["reset", "close"], session: str, body: Any) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def answered(answer: Any) -> None:
+            if future.done():  # whoever gave the command has gone
+                return
+            if isinstance(answer, Refusal):
+                future.set_exception(answer)
+            else:
+                future.set_result(None)
+
+        self.put(kind, session, body, answered)
+        await future
+
+    @staticmethod
+    def _late(waiting: Command, deadline: float) -> None:
+        waiting.settle(Refusal("late", f"no answer within {1e3 * deadline:.0f} ms; hold, and ask again with a new observation"))
 
     def _go(self) -> None:
         """Begin a turn, if the policy is free and something waits whose time has come."""
@@ -276,16 +259,16 @@ class Service:
         spare = [w.deadline - asyncio.get_running_loop().time() - 2 * self._call for w in self.waiting if w.deadline is not None]
         return min(max(self._free, self.waiting[0].since) + longest - now, *spare, longest)
 
-    def _next_turn(self) -> list[_Waiting]:
+    def _next_turn(self) -> list[Command]:
         """What the policy does next: commands in the order in which they came, one plan of a session, as many plans as a batch holds.
 
         Within a turn sessions end and begin before plans are made, so a turn ends where that would change the order.
         """
-        turn: list[_Waiting] = []
+        turn: list[Command] = []
         planned: set[str] = set()
         while self.waiting:
             head = self.waiting[0]
-            if head.kind == "plan" and head.future.done():  # late, or its client has gone
+            if head.kind == "plan" and head.done:  # late, or its client has gone
                 self.waiting.popleft()
                 continue
             if head.session in planned or len(planned) == self.source.batch:
@@ -297,7 +280,7 @@ class Service:
             turn.append(self.waiting.popleft())
         return turn
 
-    def _take(self, turn: list[_Waiting]) -> None:
+    def _take(self, turn: list[Command]) -> None:
         """Send a turn to the policy."""
         assert self.process is not None
         self._turn = turn
@@ -306,39 +289,47 @@ class Service:
             "reset": [[w.session, *w.body] for w in turn if w.kind == "reset"],
             "plan": [w.body for w in turn if w.kind == "plan"],
         }
-        hung = asyncio.get_running_loop().call_later(self.patience, self.process.kill)
-        answered = partial(self._answered, turn, time.perf_counter(), hung)
+        self._asked = time.perf_counter()
+        if self._watching is None:
+            self._watching = asyncio.get_running_loop().call_later(self.patience, self._watch)
+        answered = partial(self._answered, turn)
         try:
             self.process.ask(commands, answered)
         except Exception as defect:  # some of it may be sent
             logger.exception("a turn cannot be sent")
             answered(ProcessDied(type(defect).__name__))
 
-    def _answered(self, turn: list[_Waiting], began: float, hung: asyncio.TimerHandle, answer: dict[str, Any] | ProcessDied) -> None:
-        hung.cancel()
+    def _watch(self) -> None:
+        """End a process that hangs. One timer for all turns: most end soon."""
+        left = self._asked + self.patience - time.perf_counter()
+        if self._turn and left <= 0 and self.process is not None:
+            self.process.kill()
+        self._watching = asyncio.get_running_loop().call_later(left, self._watch) if self._turn and left > 0 else None
+
+    def _answered(self, turn: list[Command], answer: dict[str, Any] | ProcessDied) -> None:
         if isinstance(answer, ProcessDied):
             self._mending = asyncio.create_task(self._died(turn, answer))
             return
-        plans, seconds = [w for w in turn if w.kind == "plan"], time.perf_counter() - began
-        for waiting, tree in zip(plans, answer["answers"], strict=True):
-            if "timing" in tree:
+        now, plans = time.perf_counter(), [w for w in turn if w.kind == "plan"]
+        seconds, trees = now - self._asked, iter(answer["answers"])
+        answers = [(w, next(trees) if w.kind == "plan" else None) for w in turn]
+        for waiting, tree in answers:
+            if tree is not None and "timing" in tree:
                 assert waiting.owner is not None
-                tree["timing"] |= {"queue": 1e3 * (began - waiting.since), "turn": 1e3 * seconds, "batch": len(plans)}
+                tree["timing"] |= {"queue": 1e3 * (self._asked - waiting.since), "turn": 1e3 * seconds, "batch": len(plans)}
                 tree["step"] = waiting.owner.step
                 waiting.owner.step += 1
-            _settle(waiting, tree)
-        for waiting in turn:
-            if waiting.kind != "plan":
-                _settle(waiting, None)
         if plans:
             latest = [w.owner for w in plans if w.owner is not None]
             self._company = latest + [s for s in self._company[: self.source.batch] if s not in latest]
             self._call = seconds
             for session in latest:
-                session.left = time.perf_counter()
-        self._next()
+                session.left = now
+        self._next()  # the policy goes on while answers are sent
+        for waiting, tree in answers:
+            waiting.settle(tree)
 
-    async def _died(self, turn: Iterable[_Waiting], death: ProcessDied) -> None:
+    async def _died(self, turn: Iterable[Command], death: ProcessDied) -> None:
         """Refuse what was being answered, and start the policy again, with the sessions that it had."""
         logger.error("the policy's process ended (%s)", death)
         ended, self.process = self.process, None
@@ -347,9 +338,9 @@ class Service:
         for waiting in turn:
             if waiting.kind == "plan":
                 again = "it is being started again: hold, and ask again"
-                self._refuse(waiting, Refusal("worker", f"the policy's process ended ({death}) and took this request with it; {again}"))
+                waiting.settle(Refusal("worker", f"the policy's process ended ({death}) and took this request with it; {again}"))
             else:
-                _settle(waiting, None)  # what the policy had is gone; sessions are begun anew below
+                waiting.settle(None)  # what the policy had is gone; sessions are begun anew below
         self._tell("died")
         now = time.monotonic()
         if len(self._deaths) == self.restarts and now - self._deaths[0] < 60:
@@ -365,7 +356,7 @@ class Service:
         logger.error("the policy is not started again: %s", self.failed)
         self._turn = []
         for waiting in self._take_all():
-            self._refuse(waiting, Refusal("worker", "the policy has ended and will not be started again; the server's log says why"))
+            waiting.settle(Refusal("worker", "the policy has ended and will not be started again; the server's log says why"))
 
     async def _begin(self) -> None:
         process = await self.standby.start()
@@ -387,15 +378,10 @@ class Service:
         self._contract = parse(Contract, said["contract"], "the policy's contract")
         self.limits = read_limits(self.given or said.get("limits"), self._contract) if self.guarded else None
 
-    def _take_all(self) -> list[_Waiting]:
+    def _take_all(self) -> list[Command]:
         taken = list(self.waiting)
         self.waiting.clear()
         return taken
-
-    @staticmethod
-    def _refuse(waiting: _Waiting, refusal: Refusal) -> None:
-        if not waiting.future.done():
-            waiting.future.set_exception(refusal)
 
     def _tell(self, event: str, session: str | None = None) -> None:
         for listener in self.listeners:
@@ -414,39 +400,7 @@ class Service:
         for listener in self.listeners if not refusal.heard else ():
             listener.refused(refusal, client)
 
-    def _heard(self, exchange: Exchange) -> None:
+    def heard(self, exchange: Exchange) -> None:
+        """Tell listeners of a request and what became of it."""
         for listener in self.listeners:
             listener.exchanged(exchange)
-
-
-def _settle(waiting: _Waiting, answer: Any) -> None:
-    if not waiting.future.done():
-        waiting.future.set_result(answer)
-
-
-def _bytes(request: Request) -> int:
-    """What a request holds in memory."""
-    settled = 0 if request.prefix is None else request.prefix.actions.nbytes
-    return settled + request.observation.state.nbytes + sum(image.nbytes for image in request.observation.images.values())
-
-
-def _tree(request: Request, foresight: bool) -> dict[str, Any]:
-    """A request as it is sent to the policy's process."""
-    seen, prefix = request.observation, request.prefix
-    observation = {
-        "images": seen.images,
-        "state": seen.state,
-        "instruction": seen.instruction,
-        "timestamp": seen.timestamp,
-        "embodiment": seen.embodiment,
-        "subtask": seen.subtask,
-    }
-    settled = None if prefix is None else {"actions": prefix.actions, "rate": prefix.rate, "time": prefix.time}
-    return {
-        "session": request.session,
-        "observation": observation,
-        "prefix": settled,
-        "delay": request.delay,
-        "samples": request.samples,
-        "foresight": foresight,
-    }

@@ -8,7 +8,7 @@ import asyncio
 import socket
 import struct
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.frames import DATA_OPCODES, CloseCode, Frame, Opcode
 from websockets.protocol import State
 
+from .line import Connection
 from .security import Room
 
 FRAGMENTS = 4096
@@ -33,17 +34,18 @@ WAITING = 2
 """Messages that may wait until the last is dealt with; then the client is read no further."""
 
 
-class Bounded(ServerConnection, asyncio.BufferedProtocol):
+class Bounded(ServerConnection, asyncio.BufferedProtocol, Connection):
     """A connection that takes its place in ``room``, and ends when its client neither reads nor ends the message that it began.
 
     Args:
         room: where there is none the connection ends at once.
         silence: seconds that bytes may wait for the client to read, and a message for its end.
+        limit: bytes of a message, as the protocol has it too.
     """
 
-    def __init__(self, *args: Any, room: Room, silence: float, **settings: Any) -> None:
+    def __init__(self, *args: Any, room: Room, silence: float, limit: int, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.room, self.silence = room, silence
+        self.room, self.silence, self.limit = room, silence, limit
         self._entered = False
         self._pings = 0
         self._stalled: asyncio.TimerHandle | None = None
@@ -55,6 +57,9 @@ class Bounded(ServerConnection, asyncio.BufferedProtocol):
         self._text = False
         self._messages: deque[Any] = deque()
         self._reader: asyncio.Future[None] | None = None
+        self._hear: Callable[[Any], Awaitable[None] | None] | None = None
+        self._over: asyncio.Future[None] = self.loop.create_future()
+        self._later: asyncio.Future[None] | None = None
 
     @property
     def address(self) -> str:
@@ -76,6 +81,8 @@ class Bounded(ServerConnection, asyncio.BufferedProtocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        if self._hear is not None:
+            self._hand_on(self._hear)
         self._wake()
 
     def pause_writing(self) -> None:
@@ -96,18 +103,20 @@ class Bounded(ServerConnection, asyncio.BufferedProtocol):
         """So much was written there."""
         if self._frame is None:
             self._sort(self.room.desk[:nbytes])
-        elif self._frame.grown(nbytes):
-            self._end_frame(self._frame)
+        else:
+            self._frame.grown(nbytes)
+            if not self._frame.rest:
+                self._end_frame(self._frame)
 
     def _sort(self, data: memoryview) -> None:
         """Take the beginning of a large message for what it is, and give all else to the parser."""
         protocol = self.protocol
-        between = protocol.state is State.OPEN and protocol.cur_size is None and not protocol.reader.buffer
+        between = protocol.state is State.OPEN and not self._pieces and not protocol.reader.buffer
         if between and len(data) > LONGEST and data[0] == WHOLE and data[1] - MASKED in LENGTHS:
             form = LENGTHS[data[1] - MASKED]
             (length,), begin = form.unpack_from(data, 2), 2 + form.size + 4
-            if len(data) - begin <= length <= (protocol.max_size or 0):
-                self._frame = _Large(length, bytes(data[begin - 4 : begin]), data[begin:])
+            if len(data) - begin <= length <= self.limit:
+                self._frame = _Large(self.room.memory(length), bytes(data[begin - 4 : begin]), data[begin:])
                 if not self._frame.rest:
                     self._end_frame(self._frame)
                 return
@@ -141,6 +150,8 @@ class Bounded(ServerConnection, asyncio.BufferedProtocol):
         except UnicodeDecodeError as error:
             self._send_away(error.reason, CloseCode.INVALID_DATA)
             return
+        if self._hear is not None:
+            self._hand_on(self._hear)
         if len(self._messages) >= WAITING:
             self.transport.pause_reading()
         self._wake()
@@ -148,6 +159,43 @@ class Bounded(ServerConnection, asyncio.BufferedProtocol):
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
+
+    async def listen(self, hear: Callable[[Any], Awaitable[None] | None]) -> None:
+        self._hear, self._over = hear, self.loop.create_future()
+        self._hand_on(hear)
+        try:
+            await self._over
+        finally:
+            self._hear = None
+            if self._later is not None:
+                self._later.cancel()
+
+    def _hand_on(self, hear: Callable[[Any], Awaitable[None] | None]) -> None:
+        """Give messages to who listens, until one has to be waited for, and then the end."""
+        while self._messages and self._later is None and not self._over.done():
+            message = self._messages.popleft()
+            if not self._messages:
+                self.transport.resume_reading()
+            try:
+                later = hear(message)
+            except Exception as error:  # noqa: BLE001 (for who listens, not for the transport)
+                self._over.set_exception(error)
+                return
+            if later is not None:
+                self._later = asyncio.ensure_future(later)
+                self._later.add_done_callback(self._waited)
+        if self.protocol.state is State.CLOSED and self._later is None and not self._over.done():
+            self._over.set_result(None)
+
+    def _waited(self, later: asyncio.Future[None]) -> None:
+        self._later = None
+        if later.cancelled() or self._hear is None or self._over.done():
+            return
+        error = later.exception()
+        if error is None:
+            self._hand_on(self._hear)
+        else:
+            self._over.set_exception(error)
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         """Messages as they come, until the connection has ended. Binary ones are something to read bytes from."""
@@ -164,12 +212,16 @@ class Bounded(ServerConnection, asyncio.BufferedProtocol):
 
     async def send(self, message: Any, text: bool | None = None) -> None:
         """Send a message; raises as ``websockets`` does."""
-        if isinstance(message, bytes) and text is None and self.protocol.state is State.OPEN and not self.paused:
-            self.transport.write(header(len(message), masked=False) + message)  # the library's way to the same takes 20 us more
-            if self.paused:
-                await self.drain()
-        else:
+        if not isinstance(message, bytes) or text is not None or not self.send_now(message):
             await (super().send(message) if text is None else super().send(message, text))
+        elif self.paused:
+            await self.drain()
+
+    def send_now(self, message: bytes) -> bool:
+        if self.protocol.state is not State.OPEN or self.paused:
+            return False
+        self.transport.write(header(len(message), masked=False) + message)  # the library's way to the same takes 20 us more
+        return True
 
     def _pinged(self, event: Frame) -> None:
         if self.paused and event.opcode is Opcode.PING:
@@ -208,19 +260,18 @@ class _Large:
     """A message on its way into memory of its own. Pages are taken as they are written, so one that is only announced takes none.
 
     Args:
-        key: of the mask; begun: what came of it already.
+        memory: uint8 (size of the message,); key: of the mask; begun: what came of it already.
     """
 
-    def __init__(self, size: int, key: bytes, begun: memoryview) -> None:
-        self._data, self._key = np.empty(size, np.uint8), key
+    def __init__(self, memory: np.ndarray, key: bytes, begun: memoryview) -> None:
+        self._data, self._key = memory, key
         self.rest = memoryview(self._data)
         self.rest[: len(begun)] = begun
         self.grown(len(begun))
 
-    def grown(self, size: int) -> bool:
-        """So much more has come; whether it is all there."""
+    def grown(self, size: int) -> None:
+        """So much more has come."""
         self.rest = self.rest[size:]
-        return not self.rest
 
     def unmasked(self) -> memoryview:
         """The message, once it is all there."""

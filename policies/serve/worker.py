@@ -30,7 +30,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     set_up_as_told()
     sock = socket.socket(fileno=settings["socket"])
-    coder = Coder(Arena(settings["answers"], settings["size"]), Arena(settings["requests"], settings["size"]))
+    coder = Coder(Arena(settings["answers"], settings["size"]), Arena(settings["requests"], settings["size"]), in_place=True)
     if settings["spare"] and not wait(sock, coder):
         return
     try:
@@ -102,7 +102,7 @@ def answers(policy: Policy, asked: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 def request(tree: dict[str, Any]) -> Request:
     """A request as the policy takes it, of what the server sent."""
-    observation = Observation(**tree["observation"])
+    observation = Observation.trusted(**tree["observation"])
     prefix = None if tree["prefix"] is None else ActionChunk(**tree["prefix"])
     return Request(tree["session"], observation, prefix, tree["delay"], tree["samples"])
 

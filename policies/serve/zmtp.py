@@ -11,6 +11,8 @@ import struct
 import sys
 from collections.abc import AsyncIterator
 
+from .line import Connection
+
 MORE, LONG, COMMAND = 1, 2, 4
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 """Signature, version 3.0, no security, 64 bytes together."""
@@ -25,7 +27,7 @@ class Broken(Exception):
     """The other side does not keep to the protocol; the connection is closed."""
 
 
-class Peer:
+class Peer(Connection):
     """One client. Iterated, it gives the bodies of its requests; ``send`` answers the latest.
 
     Args:

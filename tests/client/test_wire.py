@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from triune_client import EncodedImage, Limits, WireError, decode_image, pack, unpack
-from triune_client.wire import DTYPES, LARGE, MODES, pack_parts
+from triune_client.wire import DTYPES, MODES
 
 import triune
 
@@ -92,25 +92,6 @@ TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dict
 @given(TREES)
 def test_any_message_comes_back(message: object) -> None:
     assert same(message, unpack(pack(message), Limits(depth=64)))
-
-
-@pytest.mark.parametrize("size", [LARGE - 1, LARGE, 65535, 65536, 300_000])
-def test_parts_are_the_same_bytes_and_large_arrays_are_not_copied(size: int) -> None:
-    large, small = np.random.default_rng(0).integers(0, 256, size, np.uint8), np.arange(3.0)
-    message = {
-        "a": large,
-        "b": [small, {"c": large[::-1], "d": large.astype(">f8").reshape(1, -1)}],
-        "e": EncodedImage(bytes(9), "png", (1, 1, 1)),
-    }
-    parts = pack_parts(message)
-    assert b"".join(parts) == pack(message)
-    views = [part for part in parts if isinstance(part, memoryview) and np.shares_memory(np.frombuffer(part, np.uint8), large)]
-    assert len(views) == (size >= LARGE)
-
-
-@pytest.mark.parametrize("index", range(len(messages())))
-def test_every_message_has_the_same_parts(index: int) -> None:
-    assert b"".join(pack_parts(messages()[index])) == pack(messages()[index])
 
 
 def test_arrays_are_read_only_views() -> None:

@@ -12,8 +12,10 @@ from typing import Any
 from websockets import exceptions
 
 from .messages import PROTOCOL, Plan, ServerError, Welcome, read_plan, read_welcome, refusal
+from .outofband import is_out_of_band, pack_parts
+from .outofband import unpack as unpack_out_of_band
 from .websocket import WebSocket
-from .wire import Limits, WireError, pack_parts, unpack
+from .wire import Limits, WireError, pack, unpack
 
 LOOKS = 0.2
 """Seconds between two looks at a connection for whose replies nobody waits."""
@@ -77,6 +79,7 @@ class Link:
         self._farewell: Exception | None = None
         self._lock, self._reading, self._wanted = threading.Lock(), threading.Lock(), threading.Event()
         self._numbers = itertools.count(1)
+        self._out_of_band = False
         self._socket = _connect(url, token, ca, wait, stuck, limits)
 
     def hello(self, contract: dict[str, Any] | None, wait: float) -> Welcome:
@@ -85,7 +88,7 @@ class Link:
 
         message = {"type": "hello", "id": 0, "protocol": PROTOCOL, "client": f"triune-client {__version__}", "contract": contract}
         try:
-            self._socket.send(pack_parts(message))
+            self._socket.send([pack(message)])
             reply = unpack(_binary(self._socket.first(wait)), self.limits)
         except TimeoutError:
             raise TimeoutError(f"{self.url} did not answer within {wait:g} s: is it an action server of Triune?") from None
@@ -94,13 +97,15 @@ class Link:
         except WireError as error:
             raise ConnectionError(f"{self.url} does not speak Triune's protocol: {error}") from None
         welcome = read_welcome(self.url, reply)
+        self._out_of_band = reply.get("out_of_band") is True
         threading.Thread(target=self._keep, name="triune-client", daemon=True).start()
         return welcome
 
     def ask(self, message: dict[str, Any], timeout: float, waits: bool) -> Asked:
         """Send a request. ``waits``: whether who asks waits for the answer at once."""
         asked = Asked(self, next(self._numbers), timeout)
-        parts = pack_parts({**message, "id": asked.number})
+        whole = {**message, "id": asked.number}
+        parts = pack_parts(whole) if self._out_of_band else [pack(whole)]
         with self._lock:
             if self.lost is not None:
                 raise self.lost
@@ -182,7 +187,7 @@ class Link:
             self._socket.end()
 
     def _take(self, frame: bytes) -> None:
-        message = unpack(frame, self.limits)
+        message = (unpack_out_of_band if is_out_of_band(frame) else unpack)(frame, self.limits)
         if not isinstance(message, dict):
             raise WireError("not a map")
         with self._lock:

@@ -242,9 +242,10 @@ class Guard:
         Returns:
             float64 (C, A), or ``None`` where the first action is not finite and nothing is known to hold the robot.
         """
-        actions, memory = self._shaped(actions, 2), self._told(self._memory, state)
+        given, actions = actions, self._shaped(actions, 2)
         if self._always is not None and _inside(actions, *self._always):
-            return actions.copy(), []
+            return (actions.copy() if actions is given else actions), []
+        memory = self._told(self._memory, state)
         chunk: np.ndarray | None
         chunk, events = self._passing(actions, memory)
         if len(chunk) < len(actions):
@@ -451,7 +452,7 @@ def _clip(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 def _inside(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> bool:
     """Whether all are between both, which are finite: so are they."""
-    return bool(((actions >= low) & (actions <= high)).all())
+    return np.count_nonzero((actions >= low) & (actions <= high)) == actions.size
 
 
 def _differ(safe: np.ndarray, action: np.ndarray) -> np.ndarray:

@@ -8,8 +8,6 @@ read. ``__image__`` maps (vla-evaluation-harness) are read as ``EncodedImage`` a
 from __future__ import annotations
 
 import math
-import os
-import struct
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Callable, Mapping
@@ -20,10 +18,6 @@ import numpy as np
 NUMBERS = ("b1", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8")
 DTYPES = {dtype.str: dtype for order in "<>" for dtype in (np.dtype(order + name) for name in NUMBERS)}
 DIMENSIONS = 8
-LARGE = 4096
-"""Bytes from which on an array is a part of its own."""
-_PLACE = msgpack.ExtType(1, os.urandom(16))
-"""Stands where a large array will. Nobody knows it who could write it into a message."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -79,31 +73,8 @@ def pack(message: object) -> bytes:
     Raises:
         WireError: it holds something else, or an array of other kinds than bool, integers, floats and text.
     """
-    return _packed(message, _plain)
-
-
-def pack_parts(message: object) -> list[Any]:
-    """The bytes of ``pack`` in parts, of which large arrays are their own memory: nothing of them is copied. Raises as ``pack``."""
-    large: list[np.ndarray[Any, Any]] = []
-
-    def plain(thing: object) -> object:
-        if not (isinstance(thing, np.ndarray) and thing.nbytes >= LARGE and thing.flags.c_contiguous and thing.dtype.str in DTYPES):
-            return _plain(thing)
-        large.append(thing)
-        return {b"__ndarray__": True, b"data": _PLACE, b"dtype": thing.dtype.str, b"shape": thing.shape}
-
-    first, *others = _packed(message, plain).split(msgpack.packb(_PLACE))
-    parts: list[Any] = [first]
-    for array, other in zip(large, others):
-        size = array.nbytes
-        head = struct.pack(">BH", 0xC5, size) if size < 1 << 16 else struct.pack(">BI", 0xC6, size)  # msgpack's bin 16 and bin 32
-        parts += [head, array.reshape(-1).view(np.uint8).data, other]
-    return parts
-
-
-def _packed(message: object, plain: Callable[[object], object]) -> bytes:
     try:
-        packed: bytes = msgpack.packb(message, default=plain)
+        packed: bytes = msgpack.packb(message, default=_plain)
     except WireError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
@@ -157,7 +128,7 @@ def unpack(data: bytes | memoryview, limits: Limits = DEFAULT, also: Callable[[d
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise WireError(f"not a message: {str(error) or type(error).__name__}") from None
     if reader.containers > limits.depth:
-        _measure(message, limits.depth)
+        check_depth(message, limits.depth)
     return message
 
 
@@ -165,12 +136,14 @@ def _no_extension(code: int, data: bytes) -> object:
     raise WireError(f"msgpack extension {code} is not accepted")
 
 
-def _measure(message: object, left: int) -> None:
+def check_depth(message: object, left: int) -> None:
+    """Refuse more than ``left`` lists and maps inside each other."""
     if isinstance(message, (dict, list)):
         if not left:
             raise WireError("lists and maps lie too deep inside each other")
         for inner in message.values() if isinstance(message, dict) else message:
-            _measure(inner, left - 1)
+            if isinstance(inner, (dict, list)):
+                check_depth(inner, left - 1)
 
 
 class _Reader:
@@ -269,6 +242,15 @@ def _scalar(entries: Mapping[Any, Any], bin_keys: bool, limits: Limits) -> objec
 
 def _image(entries: Mapping[Any, Any], bin_keys: bool, limits: Limits) -> EncodedImage:
     data, form, shape = (_field(entries, name, bin_keys) for name in ("data", "format", "shape"))
+    return image(data, form, shape, limits)
+
+
+def image(data: object, form: object, shape: object, limits: Limits = DEFAULT) -> EncodedImage:
+    """An encoded image, once all three agree as far as they can before it is decoded.
+
+    Raises:
+        WireError: they do not, or it is too large.
+    """
     if not isinstance(data, bytes) or form not in ("png", "jpeg", "raw"):
         raise WireError("an encoded image must be bytes of format png, jpeg or raw")
     if not isinstance(shape, list) or len(shape) != 3 or any(type(length) is not int or length < 1 for length in shape):

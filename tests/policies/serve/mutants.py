@@ -52,6 +52,8 @@ TYPES = [
 SHAPES = [[], [0], [1], [-1], [8], [2**31, 2**31], [0, 2**62], [8, 8, 3], [1] * 9, [True], [8.0], ["8"], None]
 OTHERS = [None, True, False, b"", b"\x00" * 32, [], [[[]]], [1.0, 2.0], [[1], [1, 2]], {}, {"a": 1}, {b"__ndarray__": True}, [None] * 200]
 OTHERS += [{"__image__": True, "format": f, "data": b"\x89PNG\r\n\x1a\n", "shape": [8, 8, 3]} for f in ("png", "jpeg", "raw", "gif")]
+OTHERS += [msgpack.ExtType(1, place) for place in (b"", b"|u1", b"|O8", b"<f4\x02\0\0\0", b"|u1" + b"\xff" * 8, b"|u1" + bytes(36))]
+OTHERS += [msgpack.ExtType(2, b"png\0" + bytes(16)), msgpack.ExtType(2, b"raw\0" + b"\x08\0\0\0" * 4), msgpack.ExtType(3, b"")]
 VALUES = [*NUMBERS, *TEXTS, *TYPES, *SHAPES, *OTHERS]
 
 
@@ -96,13 +98,14 @@ class Mutator:
 
     def _tree(self, frame: bytes) -> bytes:
         try:
-            tree = msgpack.unpackb(frame, strict_map_key=False)
+            head, behind = _apart(frame)
+            tree = msgpack.unpackb(head, strict_map_key=False)
             places = list(_places(tree))
             if not places:
                 return msgpack.packb(self.random.choice(VALUES))
             holder, key = self.random.choice(places)
             self._change(holder, key, places)
-            return msgpack.packb(tree)
+            return _joined(msgpack.packb(tree), behind)
         except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
             return self._bytes(frame)  # no tree any more
 
@@ -128,6 +131,20 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
         for key in list(tree) if isinstance(tree, dict) else range(len(tree)):
             yield tree, key
             yield from _places(tree[key])
+
+
+def _apart(frame: bytes) -> tuple[bytes, bytes | None]:
+    """The msgpack of a frame, and the arrays behind it (``triune_client.outofband``)."""
+    if frame[:1] != b"\xc1" or len(frame) < 8:
+        return frame, None
+    end = 8 + int.from_bytes(frame[4:8], "little")
+    return frame[8:end], frame[end + -end % 16 :]
+
+
+def _joined(head: bytes, behind: bytes | None) -> bytes:
+    if behind is None:
+        return head
+    return b"\xc1\0\0\0" + len(head).to_bytes(4, "little") + head + bytes(-(8 + len(head)) % 16) + behind
 
 
 @contextmanager

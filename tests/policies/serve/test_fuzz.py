@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 import triune_client.wire
-from triune_client import Client
+from triune_client import Client, outofband
+from triune_client.outofband import pack_parts
 from triune_client.wire import EncodedImage, Limits, WireError, pack, unpack
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -36,7 +37,7 @@ from triune.policies.serve.dialects import groot, harness, openpi
 from triune.policies.serve.dialects import triune as native
 from triune.policies.serve.exchange import Refusal, Reply
 from triune.policies.serve.keys import Keys
-from triune.policies.serve.line import Line
+from triune.policies.serve.line import Connection, Line
 from triune.policies.serve.security import Rate, Token
 
 from .conftest import seen
@@ -76,8 +77,9 @@ def _native() -> Spoken:
     settled = infer | {"prefix": np.zeros((4, 32), np.float32), "delay": 2, "samples": 1}
     encoded = infer | {"observation": seen(size=8) | {"images": {"agentview": PICTURE, "wrist": PICTURE}}}
     end = {"type": "end", "id": 3, "session": "a"}
-    first = (pack(hello), pack(reset))
-    return Spoken("native", native, first, (*first, *map(pack, (infer, settled, encoded, end))), "{ws}/v1")
+    first, others = (pack(hello), pack(reset)), (infer, settled, encoded, end)
+    behind = [b"".join(pack_parts(message)) for message in (infer, settled, encoded)]
+    return Spoken("native", native, first, (*first, *map(pack, others), *behind), "{ws}/v1")
 
 
 def _golden(*names: str) -> tuple[bytes, ...]:
@@ -95,7 +97,7 @@ EVERY = pytest.mark.parametrize("spoken", SPOKEN, ids=[spoken.name for spoken in
 COUNTS = pytest.mark.parametrize("count", [1500, pytest.param(100_000, marks=[pytest.mark.slow])])
 
 
-class Scripted:
+class Scripted(Connection):
     """A connection whose frames are given and whose answers are kept."""
 
     def __init__(self) -> None:
@@ -135,6 +137,17 @@ class Thoughtless:
             raise Refusal("bad_request", "no such session")
         pack({"state": request.observation.state, "images": request.observation.images, "instruction": request.observation.instruction})
         return Reply(np.zeros((50, 32), np.float32), 50.0, request.observation.timestamp, {"turn": 0.0})
+
+    def ask(
+        self, request: Request, answered: Callable[[Reply | Refusal], None], deadline: float | None = None, foresight: bool = False
+    ) -> None:
+        """An answer at once."""
+        try:
+            self.plan(request).send(None)
+        except Refusal as refusal:
+            answered(refusal)
+        except StopIteration as done:
+            answered(done.value)
 
 
 async def _exchange(spoken: Spoken, mutator: Mutator, count: int, fresh: Callable[[], int]) -> dict[str, float]:
@@ -186,7 +199,7 @@ async def _exchange(spoken: Spoken, mutator: Mutator, count: int, fresh: Callabl
 @COUNTS
 def test_in_memory_every_mutant_is_answered_or_ends_its_connection(spoken: Spoken, count: int) -> None:
     mutator = Mutator(list(spoken.valid), seed=1)
-    with new_lines([spoken.module, triune_client.wire, line_module, keys_module, security]) as fresh, warnings.catch_warnings():
+    with new_lines([spoken.module, triune_client.wire, outofband, line_module, keys_module, security]) as fresh, warnings.catch_warnings():
         warnings.simplefilter("error")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         got = asyncio.run(_exchange(spoken, mutator, count, fresh))
@@ -204,12 +217,12 @@ def test_unpack_gives_a_message_or_a_wire_error(count: int) -> None:
     mutator = Mutator([frame for spoken in SPOKEN for frame in spoken.valid], seed=2)
     longest, read = 0.0, 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with new_lines([triune_client.wire]) as fresh:
+    with new_lines([triune_client.wire, outofband]) as fresh:
         for _ in range(2 * count):
             frame = next(mutator)
             began = time.perf_counter()
             with contextlib.suppress(WireError):
-                unpack(frame, SMALL)
+                (outofband.unpack if outofband.is_out_of_band(frame) else unpack)(frame, SMALL)
                 read += 1
             longest = max(longest, time.perf_counter() - began)
             if fresh():

@@ -1,9 +1,13 @@
 """The server's websocket: what is read past the library's parser is what the parser would have read."""
 
 import asyncio
+import os
 import random
 import struct
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +17,13 @@ from websockets.client import ClientProtocol
 from websockets.frames import Opcode
 from websockets.uri import parse_uri
 
+import triune
 from triune.policies.serve.security import DESK, Room
 from triune.policies.serve.websocket import WAITING, Bounded
 
 SIZES = (0, 1, 125, 126, 127, 300, DESK - 20, DESK - 14, DESK, DESK + 1, 65535, 65536, 200_000)
 LIMIT = 1 << 19
+ROOT = Path(triune.__file__).parent
 Work = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]
 
 
@@ -61,11 +67,18 @@ def pieces(sent: list[bytes], how: str, dice: random.Random) -> Iterator[bytes]:
         data = data[size:]
 
 
-async def talk(work: Work, slow: float = 0.0, waited: list[int] | None = None) -> list[bytes | str]:
-    """What a server heard of what ``work`` sent after the handshake. ``waited`` gets how many more messages waited beside each."""
+async def talk(
+    work: Work, slow: float = 0.0, waited: list[int] | None = None, listens: Callable[[Any], Awaitable[None]] | None = None
+) -> list[bytes | str]:
+    """What a server heard of what ``work`` sent after the handshake. ``waited`` gets how many more messages waited beside each;
+    ``listens`` hears instead."""
     heard, over = list[bytes | str](), asyncio.Event()
 
     async def listen(connection: Any) -> None:
+        if listens is not None:
+            await listens(connection)
+            over.set()
+            return
         async for message in connection:
             heard.append(message if isinstance(message, str) else bytes(message))
             await asyncio.sleep(slow)
@@ -76,7 +89,7 @@ async def talk(work: Work, slow: float = 0.0, waited: list[int] | None = None) -
     room = Room(10, 10)
 
     def made(*given: Any, **settings: Any) -> Bounded:
-        return Bounded(*given, room=room, silence=5.0, **settings)
+        return Bounded(*given, room=room, silence=5.0, limit=LIMIT, **settings)
 
     async with serve(listen, "127.0.0.1", 0, create_connection=made, compression=None, max_size=LIMIT, ping_interval=None) as server:  # type: ignore[arg-type]
         port = next(iter(server.sockets)).getsockname()[1]
@@ -139,3 +152,76 @@ def test_a_message_whose_client_leaves_in_the_middle_is_not_heard(sent: int) -> 
         writer.write_eof()
 
     assert asyncio.run(talk(work)) == []
+
+
+ROUND = """
+import websockets
+from triune_client import Client
+from triune.eval.bench.server import observation
+from triune.policies.serve import Source
+from triune.policies.serve.local import serving
+
+with serving(Source("triune.eval.bench.idle:Idle", {}), "idle") as server, Client(server.url) as client:
+    client.reset()
+    print(websockets.__version__, client.infer(observation(2, (224, 224))).actions.shape)
+"""
+
+
+def test_with_the_newest_library(tmp_path: Path) -> None:
+    """What is read past the library's parser stands on attributes of it that no documentation names."""
+    newest = next((ROOT / ".venv-peers" / "lib").glob("python3*")) / "site-packages" / "websockets"
+    assert newest.exists(), "make venv builds .venv-peers"
+    (tmp_path / "websockets").symlink_to(newest)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", ROUND], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    version, _, shape = done.stdout.partition(" ")
+    assert int(version.split(".")[0]) >= 17 and shape.strip() == "(50, 32)"
+
+
+def test_what_listens_hears_all_and_what_it_waits_for_holds_the_rest() -> None:
+    sent, meant = conversation(3)
+    heard, under_way = list[bytes | str](), [0, 0]
+
+    async def later(message: Any) -> None:
+        under_way[0] += 1
+        under_way[1] = max(under_way)
+        await asyncio.sleep(0.002)
+        heard.append(message if isinstance(message, str) else bytes(message))
+        under_way[0] -= 1
+
+    def hear(message: Any) -> Any:
+        if len(meant) % 2 == len(heard) % 2 or under_way[0]:
+            return later(message)
+        heard.append(message if isinstance(message, str) else bytes(message))
+        return None
+
+    async def work(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for piece in pieces(sent, "in pieces", random.Random(3)):
+            writer.write(piece)
+            await writer.drain()
+        writer.write(frame(struct.pack("!H", 1000), bytes(4), Opcode.CLOSE))
+
+    asyncio.run(talk(work, listens=lambda connection: connection.listen(hear)))
+    assert heard == meant and under_way == [0, 1]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_goes_wrong_while_listening_ends_it(waits: bool) -> None:
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise ArithmeticError("a defect")
+
+    def hear(message: Any) -> Any:
+        if waits:
+            return fails()
+        raise ArithmeticError("a defect")
+
+    async def listens(connection: Any) -> None:
+        with pytest.raises(ArithmeticError, match="a defect"):
+            await connection.listen(hear)
+
+    async def work(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(frame(b"x", bytes(4)))
+
+    asyncio.run(talk(work, listens=listens))
