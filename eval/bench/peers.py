@@ -85,7 +85,7 @@ async def streams(takes: int, gives: int) -> None:
 
 
 async def defaults() -> None:
-    """A websocket server as the library makes it, deflate and all, that unpacks each message and answers with a chunk."""
+    """A websocket server as the library makes it, deflate and all, that unpacks each message of any size and answers with a chunk."""
     import msgpack
     from triune_client.wire import pack
     from websockets.asyncio.server import ServerConnection, serve
@@ -95,7 +95,7 @@ async def defaults() -> None:
             msgpack.unpackb(frame, raw=True, strict_map_key=False)
             await connection.send(pack({"actions": np.zeros((CHUNK, ACTION), np.float32)}))
 
-    async with serve(answer, "127.0.0.1", 0) as server:
+    async with serve(answer, "127.0.0.1", 0, max_size=None) as server:
         say(next(iter(server.sockets)).getsockname()[1])
         await until_told()
 

@@ -6,6 +6,7 @@ asked in turns, so that what slows the machine for a while slows all of them.
 
 import asyncio
 import contextlib
+import json
 import socket
 import statistics
 import subprocess
@@ -27,6 +28,8 @@ ROUNDS, EACH = 12, 50
 RATE = 50
 THINKS = 0.05
 """Seconds of a call of the policy that eight clients share."""
+Timed = Callable[[int], list[float]]
+"""Works so many times; the seconds of each."""
 
 
 def run(peer: Path | None = None, minutes: float = 10.0, thinking: float = 60.0) -> list[Row]:
@@ -43,39 +46,53 @@ def overhead(peer: Path | None) -> list[Row]:
     """Round trips of two pictures of 224 x 224 and a state for a chunk of 50 x 32 actions, whose policy takes no time.
 
     Beside: the limit, which is as many bytes there and back over TCP with nothing else done to them, over asyncio's streams as a server
-    with an event loop has them, and over blocking sockets, which is the least that anything costs; and other servers. Once as fast as the
-    answers come, and once as a robot asks: between two questions processors fall asleep and forget, so all of it takes longer.
+    with an event loop has them, and over blocking sockets, which is the least that anything costs; and other servers. As fast as the
+    answers come; as a robot asks, since between two questions processors fall asleep and forget, so that all of it takes longer; and
+    with pictures of 480 x 640, as cameras give them.
     """
-    from triune_client import Client
-    from triune_client.wire import pack
-
-    seen = observation(2, (224, 224))
-    message = {"type": "infer", "id": 1, "session": "robot", "observation": seen, "prefix": None, "delay": 0, "foresight": False}
-    question = pack(message)
-    answer = pack({"type": "plan", "id": 1, "actions": np.zeros((CHUNK, ACTION), np.float32), "rate": 50.0, "time": 0.0, "timing": {}})
-    sizes = len(question), len(answer)
     with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(Client(f"ws://127.0.0.1:{stack.enter_context(process('ours', '{}'))}"))
-        ours.reset()
-        raw = stack.enter_context(socket.create_connection(("127.0.0.1", stack.enter_context(process("echo", *sizes)))))
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        streams = _streams(stack, stack.enter_context(process("streams", *sizes)), question, len(answer))
-        others = [_other(stack, one, message) for one in ([None] if peer is None else [None, peer])]
-        asked = [lambda: ours.infer(seen), lambda: _raw(raw, question, len(answer)), *(ask for ask, _ in others)]
-        works = [*map(timed, asked), streams]
+        works, names = _asked(stack, peer, (224, 224))
         spent, seldom = in_rounds(works), in_rounds([paced(work) for work in works], rounds=4)
+    with contextlib.ExitStack() as stack:
+        works, _ = _asked(stack, peer, (480, 640))
+        large = in_rounds(works, rounds=6, each=20)
     p50, least, *theirs, limit = (1e3 * statistics.median(times) for times in spent)
     slow, _, *slowly, slowest = (1e3 * statistics.median(times) for times in seldom)
+    long, _, *longer, longest = (1e3 * statistics.median(times) for times in large)
     p99 = 1e3 * float(np.quantile(spent[0], 0.99))
     return [
         row("overhead p50", p50, 1.5, "limit", "ms", 1.0),
         row("overhead p99", p99, 1e3 * float(np.quantile(spent[-1], 0.99)), "raw TCP echo p99", "ms"),
         row("overhead p50 beside raw TCP", p50, limit, "raw TCP echo of the same bytes over asyncio's streams", "ms", 0.25),
         row("overhead p50 beside blocking sockets", p50, least, "the same echo over blocking sockets", "ms"),
-        *(row("overhead p50 beside a peer", p50, each, name, "ms") for each, (_, name) in zip(theirs, others, strict=True)),
+        *(row("overhead p50 beside a peer", p50, each, name, "ms") for each, name in zip(theirs, names, strict=True)),
         row(f"overhead p50 at {RATE} Hz beside raw TCP", slow, slowest, "the echo over asyncio's streams, as seldom", "ms"),
-        *(row(f"overhead p50 at {RATE} Hz beside a peer", slow, each, name, "ms") for each, (_, name) in zip(slowly, others, strict=True)),
+        *(row(f"overhead p50 at {RATE} Hz beside a peer", slow, each, name, "ms") for each, name in zip(slowly, names, strict=True)),
+        row("overhead p50 of 480 x 640 beside raw TCP", long, longest, "the echo of as many bytes over asyncio's streams", "ms"),
+        *(row("overhead p50 of 480 x 640 beside a peer", long, each, name, "ms") for each, name in zip(longer, names, strict=True)),
     ]
+
+
+def _asked(stack: contextlib.ExitStack, peer: Path | None, size: tuple[int, int]) -> tuple[list[Timed], list[str]]:
+    """Questions with two pictures of ``size``: to our server, over blocking sockets, to others, over asyncio's streams; names of the
+    others."""
+    from triune_client import Client
+    from triune_client.wire import pack
+
+    seen = observation(2, size)
+    message = {"type": "infer", "id": 1, "session": "robot", "observation": seen, "prefix": None, "delay": 0, "foresight": False}
+    question = pack(message)
+    answer = pack({"type": "plan", "id": 1, "actions": np.zeros((CHUNK, ACTION), np.float32), "rate": 50.0, "time": 0.0, "timing": {}})
+    sizes = len(question), len(answer)
+    arguments = json.dumps({"size": size})
+    ours = stack.enter_context(Client(f"ws://127.0.0.1:{stack.enter_context(process('ours', arguments))}"))
+    ours.reset()
+    raw = stack.enter_context(socket.create_connection(("127.0.0.1", stack.enter_context(process("echo", *sizes)))))
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    streams = _streams(stack, stack.enter_context(process("streams", *sizes)), question, len(answer))
+    others = [_other(stack, one, message) for one in ([None] if peer is None else [None, peer])]
+    asked = [lambda: ours.infer(seen), lambda: _raw(raw, question, len(answer)), *(ask for ask, _ in others)]
+    return [*map(timed, asked), streams], [name for _, name in others]
 
 
 def far() -> list[Row]:
@@ -214,10 +231,6 @@ def process(kind: str, *arguments: object) -> Iterator[int]:
             yield int(said)
         finally:
             child.terminate()
-
-
-Timed = Callable[[int], list[float]]
-"""Works so many times; the seconds of each."""
 
 
 def timed(work: Callable[[], object]) -> Timed:
