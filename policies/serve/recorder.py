@@ -1,8 +1,7 @@
 """The flight recorder: the latest requests and answers in memory, written to a folder when something went wrong.
 
-Memory holds copies of the pictures, since those that came lie where the next ones want to be read; a thread of its own turns them into
-PNG and writes them (``data.incidents``), so that the server goes on meanwhile. ``vla data inspect`` opens what it writes, ``vla replay``
-asks it again.
+Memory holds copies, since what came lies where the next messages want to be read; a thread of its own turns pictures into PNG and writes
+them (``data.incidents``), so that the server goes on meanwhile. ``vla data inspect`` opens what it writes, ``vla replay`` asks it again.
 """
 
 import asyncio
@@ -194,8 +193,9 @@ class Recorder(Listener):
 def recorded(exchange: Exchange, now: float) -> Recorded:
     """An exchange as it is written."""
     request, reply, refusal = exchange.request, exchange.reply, exchange.refusal
-    prefix = None if request.prefix is None else request.prefix.actions
-    seen = replace(request.observation, images={camera: image.copy() for camera, image in request.observation.images.items()})
+    prefix = None if request.prefix is None else request.prefix.actions.copy()
+    images = {camera: image.copy() for camera, image in request.observation.images.items()}
+    seen = replace(request.observation, images=images, state=request.observation.state.copy())
     asked = (now, request.session, exchange.seed, exchange.step, seen, prefix, request.delay, request.samples)
     if reply is None:
         assert refusal is not None

@@ -19,8 +19,8 @@ from triune.data.inspect import inspect
 from triune.errors import UserError
 from triune.policies import Request
 from triune.policies.serve import Serve, Server, Service, Source
-from triune.policies.serve.exchange import Refusal
-from triune.policies.serve.recorder import Recorder, held
+from triune.policies.serve.exchange import Exchange, Refusal
+from triune.policies.serve.recorder import Recorder, held, recorded
 from triune.policies.serve.replay import replay
 
 from .conftest import seen, served
@@ -84,6 +84,15 @@ def test_a_defect_is_recorded_and_asked_again_gives_the_same_bits(tmp_path: Path
     assert len(found) == len(rows) >= 5 and all(row.passed for row in found)
     assert [row.error for row in found if row.recorded == "answered"] == [0.0] * (len(rows) - 1)
     assert [row.now for row in found if row.recorded != "answered"] == ["internal"]
+
+
+def test_what_is_kept_is_not_where_the_next_message_is_read() -> None:
+    request = asking("a", prefix=ActionChunk(np.zeros((3, 32), np.float32), 50.0))
+    row = recorded(Exchange(request, 5, 0, refusal=Refusal("late", "too late")), 1.0)
+    assert request.prefix is not None and row.prefix is not None
+    pairs = [(row.prefix, request.prefix.actions), (row.observation.state, request.observation.state)]
+    pairs += [(row.observation.images[camera], image) for camera, image in request.observation.images.items()]
+    assert all(np.array_equal(kept, came) and not np.shares_memory(kept, came) for kept, came in pairs) and len(pairs) == 4
 
 
 def test_another_policy_differs(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from triune_client import outofband
 from triune_client.wire import EncodedImage, pack, unpack
 from websockets.asyncio.client import ClientConnection, connect
 
@@ -63,6 +64,36 @@ def test_hello_reset_infer_end() -> None:
             assert late["code"] == "bad_request" and "has not begun" in late["message"]
         while server.service.sessions or server.connections:
             await asyncio.sleep(0.01)
+
+    served(work)()
+
+
+@pytest.mark.parametrize("pictures", ["pixels", "files"])
+def test_a_plan_comes_as_it_was_asked_for(pictures: str) -> None:
+    """Large messages are read into memory that the policy's process shares; several at once do not meet there."""
+    sent = [seen(step) for step in range(6)]
+
+    def asked(number: int) -> dict[str, Any]:
+        images = sent[number]["images"]
+        if pictures == "files":
+            images = {camera: EncodedImage(image.tobytes(), "raw", image.shape) for camera, image in images.items()}
+        return {"type": "infer", "id": number, "session": f"s{number}", "observation": sent[number] | {"images": images}}
+
+    async def work(server: Server) -> None:
+        async with greeted(server) as socket:
+            for number in range(6):
+                await ask(socket, type="reset", session=f"s{number}", seed=number)
+            for number in range(6):
+                await socket.send(b"".join(outofband.pack_parts(asked(number))) if number % 2 else pack(asked(number)))
+            for _ in range(6):
+                answer = await socket.recv()
+                behind = outofband.is_out_of_band(answer)
+                plan = outofband.unpack(answer) if behind else unpack(answer)
+                number, observation = plan["id"], sent[plan["id"]]
+                assert behind == number % 2
+                np.testing.assert_array_equal(plan["actions"], expected(number, 0, observation["state"], observation["images"]))
+            await socket.send(b"".join(outofband.pack_parts(asked(1) | {"session": "nobody"})))
+            assert "has not begun" in unpack(await socket.recv())["message"]
 
     served(work)()
 
