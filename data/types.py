@@ -7,8 +7,6 @@ import numpy as np
 
 from ..errors import UserError
 
-UINT8 = np.dtype(np.uint8)
-
 
 @dataclass(frozen=True, eq=False)
 class Observation:
@@ -35,7 +33,7 @@ class Observation:
 
     def __post_init__(self) -> None:
         for camera, image in self.images.items():
-            if not isinstance(image, np.ndarray) or image.dtype != UINT8 or image.ndim != 3 or image.shape[2] != 3:
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
                 raise UserError(f"image '{camera}' must be a uint8 array of shape (height, width, 3), got {got}")
         state = np.asarray(self.state, dtype=np.float32)

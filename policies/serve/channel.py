@@ -88,12 +88,12 @@ class Coder:
         self.mine, self.theirs, self.in_place = mine, theirs, in_place
         self._packer, self._places = msgpack.Packer(default=self._put), msgpack.Packer()  # making one takes longer than packing
         self._lent: dict[int, np.ndarray] = {}
-        self._read: dict[int, weakref.ref[np.ndarray]] = {}
+        self._read: list[tuple[int, weakref.ref[np.ndarray]]] = []  # a place may stand twice in one message
 
     def encode(self, message: Any) -> bytes:
         """Header and body of a message. Arrays that lie in ``mine`` already stay where they are."""
-        self._read = {place: block for place, block in self._read.items() if block() is not None}
-        body: bytes = self._packer.pack([list(self._read), message])
+        self._read = [(place, block) for place, block in self._read if block() is not None]
+        body: bytes = self._packer.pack([[place for place, _ in self._read], message])
         return HEADER.pack(len(body)) + body
 
     def decode(self, body: bytes | memoryview) -> Any:
@@ -133,7 +133,7 @@ class Coder:
         if not self.in_place:
             return np.ndarray(shape, dtype, self.theirs.memory.data, where).copy()
         block = self.theirs.block(where, math.prod(shape) * np.dtype(dtype).itemsize)
-        self._read[where] = weakref.ref(block)
+        self._read.append((where, weakref.ref(block)))
         return np.ndarray(shape, dtype, memoryview(block).toreadonly())
 
 

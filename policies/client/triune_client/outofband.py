@@ -19,7 +19,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from .wire import DEFAULT, DIMENSIONS, DTYPES, EncodedImage, Limits, WireError, check_depth, image, pack
+from .wire import DEFAULT, DIMENSIONS, DTYPES, EncodedImage, Limits, WireError, check_depth, image, pack, parse
 
 FIRST = 0xC1
 _BEGIN = struct.Struct("<B3xI")
@@ -78,22 +78,7 @@ def unpack(data: bytes | memoryview, limits: Limits = DEFAULT) -> Any:
     if size > limits.items:
         raise WireError(f"the head of a message is {size} bytes long, over the limit of {limits.items}")
     places = _Places(view, end, limits)
-    try:
-        message = msgpack.unpackb(
-            view[_BEGIN.size : end],
-            ext_hook=places.take,
-            raw=False,
-            strict_map_key=True,
-            max_str_len=limits.text,
-            max_bin_len=limits.array,
-            max_array_len=limits.length,
-            max_map_len=limits.length,
-            max_ext_len=_SHAPES[-1].size,
-        )
-    except WireError:
-        raise
-    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
-        raise WireError(f"not a message: {str(error) or type(error).__name__}") from None
+    message = parse(view[_BEGIN.size : end], limits, ext_hook=places.take, max_ext_len=_SHAPES[-1].size)
     if places.at != len(view):
         raise WireError(f"{len(view) - places.at} bytes of a message belong to no array")
     check_depth(message, limits.depth)

@@ -109,27 +109,29 @@ def unpack(data: bytes | memoryview, limits: Limits = DEFAULT, also: Callable[[d
     if len(data) > limits.frame:
         raise WireError(f"a message of {len(data)} bytes is over the limit of {limits.frame}")
     reader = _Reader(limits, also)
+    hooks = {"object_pairs_hook": reader.map, "list_hook": reader.sequence, "ext_hook": _no_extension}
+    message = parse(data, limits, max_ext_len=0, **hooks)
+    if reader.containers > limits.depth:
+        check_depth(message, limits.depth)
+    return message
+
+
+def parse(data: bytes | memoryview, limits: Limits, **hooks: Any) -> Any:
+    """What msgpack makes of ``data`` within the limits that it knows itself.
+
+    Args:
+        hooks: of its parser, and ``max_ext_len``.
+
+    Raises:
+        WireError: not msgpack, or beyond one of them.
+    """
+    most = {"max_bin_len": limits.array, "max_array_len": limits.length, "max_map_len": limits.length}
     try:
-        message = msgpack.unpackb(
-            data,
-            object_pairs_hook=reader.map,
-            list_hook=reader.sequence,
-            ext_hook=_no_extension,
-            raw=False,
-            strict_map_key=True,
-            max_str_len=limits.text,
-            max_bin_len=limits.array,
-            max_array_len=limits.length,
-            max_map_len=limits.length,
-            max_ext_len=0,
-        )
+        return msgpack.unpackb(data, raw=False, strict_map_key=True, max_str_len=limits.text, **most, **hooks)
     except WireError:
         raise
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise WireError(f"not a message: {str(error) or type(error).__name__}") from None
-    if reader.containers > limits.depth:
-        check_depth(message, limits.depth)
-    return message
 
 
 def _no_extension(code: int, data: bytes) -> object:

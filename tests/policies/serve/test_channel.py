@@ -81,6 +81,20 @@ def test_what_the_policy_keeps_is_not_written_over() -> None:
     assert not server._lent
 
 
+def test_what_stands_twice_in_a_message_is_kept_by_either() -> None:
+    for kept in (0, 1):
+        server, policy = sides()
+        _, block = taken(server.mine, 3 * SMALL)
+        block[:] = 1
+        view = sent(server, policy, [block, block])[kept]
+        del block
+        sent(policy, server, {})
+        for step in range(5):
+            sent(server, policy, picture(2 + step))
+            sent(policy, server, {})
+        assert (view == 1).all()
+
+
 def test_answers_are_the_servers_own() -> None:
     server, policy = sides()
     sent(server, policy, {})
