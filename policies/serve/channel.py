@@ -5,7 +5,6 @@ longer where the other side says in its answer that it still reads it, as a poli
 """
 
 import contextlib
-import math
 import mmap
 import os
 import select
@@ -17,8 +16,9 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from triune_client.outofband import describe, described
 
-HEADER = struct.Struct("<I")
+HEADER, PLACE = struct.Struct("<I"), struct.Struct("<Q")
 SHARED, INLINE = 1, 2  # kinds of msgpack extension: an array in the shared memory, or in the message
 SMALL = 4096
 """Bytes below which an array travels in the message."""
@@ -86,20 +86,32 @@ class Coder:
 
     def __init__(self, mine: Arena, theirs: Arena, in_place: bool = False) -> None:
         self.mine, self.theirs, self.in_place = mine, theirs, in_place
-        self._packer, self._places = msgpack.Packer(default=self._put), msgpack.Packer()  # making one takes longer than packing
-        self._lent: dict[int, np.ndarray] = {}
-        self._read: list[tuple[int, weakref.ref[np.ndarray]]] = []  # a place may stand twice in one message
+        self._packer = msgpack.Packer(default=self._put)  # making one takes longer than packing
+        self._number = 0
+        self._lending: list[np.ndarray] = []
+        self._lent: dict[int, list[np.ndarray]] = {}  # by the number of a message
+        self._view: memoryview | None = None
+        self._lease: weakref.ref[np.ndarray] | None = None
+        self._read: list[tuple[int, weakref.ref[np.ndarray]]] = []
 
     def encode(self, message: Any) -> bytes:
         """Header and body of a message. Arrays that lie in ``mine`` already stay where they are."""
-        self._read = [(place, block) for place, block in self._read if block() is not None]
-        body: bytes = self._packer.pack([[place for place, _ in self._read], message])
+        self._read = [(number, lease) for number, lease in self._read if lease() is not None]
+        self._number += 1
+        self._lending = []
+        body: bytes = self._packer.pack([self._number, [number for number, _ in self._read], message])
+        if self._lending:
+            self._lent[self._number], self._lending = self._lending, []
         return HEADER.pack(len(body)) + body
 
     def decode(self, body: bytes | memoryview) -> Any:
         """The message whose body that is, which answers what was sent last."""
-        read, message = msgpack.unpackb(body, ext_hook=self._get, strict_map_key=False)
-        self._lent = {place: self._lent[place] for place in read}
+        self._view = self._lease = None
+        number, read, message = msgpack.unpackb(body, ext_hook=self._get, strict_map_key=False)
+        self._lent = {lent: self._lent[lent] for lent in read}
+        if self._lease is not None:
+            self._read.append((number, self._lease))
+            self._view = self._lease = None
         return message
 
     def _put(self, value: Any) -> Any:
@@ -107,11 +119,13 @@ class Coder:
             return value.item()
         if not isinstance(value, np.ndarray):
             raise TypeError(f"{type(value).__name__} cannot be sent to another process")
-        array = np.ascontiguousarray(value)
+        array, form = np.ascontiguousarray(value), describe(value)
+        if form is None:
+            raise TypeError(f"an array of {value.dtype} cannot be sent to another process")
         place = self._lend(array) if array.nbytes >= SMALL else None
         if place is None:
-            return msgpack.ExtType(INLINE, self._places.pack([array.dtype.str, array.shape, array.tobytes()]))
-        return msgpack.ExtType(SHARED, self._places.pack([array.dtype.str, array.shape, place]))
+            return msgpack.ExtType(INLINE, bytes([len(form)]) + form + array.tobytes())
+        return msgpack.ExtType(SHARED, PLACE.pack(place) + form)
 
     def _lend(self, array: np.ndarray) -> int | None:
         """Where the array lies in the shared memory, once it does; None where there is no room."""
@@ -123,18 +137,22 @@ class Coder:
             place, block = taken
             block[:] = array.reshape(-1).view(np.uint8)
             array = block
-        self._lent[place] = array
+        self._lending.append(array)
         return place
 
     def _get(self, kind: int, data: bytes) -> np.ndarray:
-        dtype, shape, where = msgpack.unpackb(data)
         if kind == INLINE:
-            return np.frombuffer(where, dtype).reshape(shape).copy()
+            end = 1 + data[0]
+            dtype, shape = described(data[1:end])
+            return np.ndarray(shape, dtype, data, end).copy()
+        dtype, shape = described(data[PLACE.size :])
+        place = PLACE.unpack_from(data)[0]
         if not self.in_place:
-            return np.ndarray(shape, dtype, self.theirs.memory.data, where).copy()
-        block = self.theirs.block(where, math.prod(shape) * np.dtype(dtype).itemsize)
-        self._read.append((where, weakref.ref(block)))
-        return np.ndarray(shape, dtype, memoryview(block).toreadonly())
+            return np.ndarray(shape, dtype, self.theirs.memory.data, place).copy()
+        if self._view is None:
+            everything = self.theirs.block(0, self.theirs.size)
+            self._view, self._lease = memoryview(everything).toreadonly(), weakref.ref(everything)
+        return np.ndarray(shape, dtype, self._view, place)
 
 
 def receive(sock: socket.socket) -> memoryview | None:

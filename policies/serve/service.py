@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -130,20 +130,24 @@ class Service:
         taken = None if self.process is None else self.process.coder.mine.take(size, self.source.memory // 2)
         return np.empty(size, np.uint8) if taken is None else taken[1]  # the other half is for what comes by other ways
 
-    async def reset(self, session: str, seed: int, step: int = 0) -> None:
-        """Begin an episode of ``session``, whose noise is keyed by ``seed``, at its plan number ``step``."""
+    def reset(self, session: str, seed: int, step: int = 0) -> Awaitable[None]:
+        """Begin an episode of ``session``, whose noise is keyed by ``seed``, at its plan number ``step``: what is asked after this call is
+        asked in it. What it gives ends when the policy has begun it, or raises ``Refusal``."""
         warden = None if self.limits is None else Warden(self.limits, self.contract)
         self.sessions[session] = Session(seed, step, warden=warden)
         self._tell("reset", session)
-        await self._command("reset", session, [seed, step])
+        return self._command("reset", session, [seed, step])
 
-    async def close(self, session: str) -> None:
-        """Forget a session, if it was ever begun."""
-        if (ended := self.sessions.pop(session, None)) is not None:
-            ended.gap = 0.0
-            self._tell("close", session)
-            with contextlib.suppress(Refusal):  # a policy that has ended, or is about to, has forgotten it
-                await self._command("close", session, None)
+    def close(self, session: str) -> Awaitable[None]:
+        """Forget a session, if it was ever begun: what is asked after this call is asked without it."""
+        ended = self.sessions.pop(session, None)
+        if ended is None:
+            nothing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            nothing.set_result(None)
+            return nothing
+        ended.gap = 0.0
+        self._tell("close", session)
+        return self._command("close", session, None)
 
     async def plan(self, request: Request, deadline: float | None = None, foresight: bool = False) -> Reply:
         """Answer one request.
@@ -206,19 +210,23 @@ class Service:
         self._go()
         return waiting
 
-    async def _command(self, kind: Literal["reset", "close"], session: str, body: Any) -> None:
+    def _command(self, kind: Literal["reset", "close"], session: str, body: Any) -> Awaitable[None]:
+        """Put a command into the queue. No close is refused: a policy that has ended, or is about to, has forgotten its sessions."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def answered(answer: Any) -> None:
             if future.done():  # whoever gave the command has gone
                 return
-            if isinstance(answer, Refusal):
+            if kind == "reset" and isinstance(answer, Refusal):
                 future.set_exception(answer)
             else:
                 future.set_result(None)
 
-        self.put(kind, session, body, answered)
-        await future
+        try:
+            self.put(kind, session, body, answered)
+        except Refusal as refusal:
+            answered(refusal)
+        return future
 
     @staticmethod
     def _late(waiting: Command, deadline: float) -> None:

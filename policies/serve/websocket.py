@@ -30,6 +30,8 @@ LENGTHS = {126: struct.Struct("!H"), 127: struct.Struct("!Q")}
 """What a third byte and further ones hold, where the second says so: the length. The key of the mask follows, four bytes."""
 LONGEST = 14
 """Bytes of the longest header."""
+ALIGNED = 16
+"""Bytes at whose multiples arrays begin in memory, as they do in a message (``triune_client.outofband``)."""
 WAITING = 2
 """Messages that may wait until the last is dealt with; then the client is read no further."""
 
@@ -53,6 +55,8 @@ class Bounded(ServerConnection, asyncio.BufferedProtocol, Connection):
         self._unended: asyncio.TimerHandle | None = None
         self._ending: asyncio.Task[None] | None = None
         self._frame: _Large | None = None
+        self._usual = 0
+        self._ahead: memoryview | None = None
         self._pieces: list[Any] = []
         self._text = False
         self._messages: deque[Any] = deque()
@@ -96,31 +100,45 @@ class Bounded(ServerConnection, asyncio.BufferedProtocol, Connection):
             self._stalled.cancel()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where what comes next is to be written."""
-        return self.room.desk if self._frame is None else self._frame.rest
+        """Where what comes next is to be written: where a large message stays, also before anything says that it is one."""
+        if self._frame is not None:
+            return self._frame.rest
+        if not self._usual:
+            return self.room.desk
+        self._ahead = self._memory(LONGEST, self._usual)
+        return self._ahead
 
     def buffer_updated(self, nbytes: int) -> None:
         """So much was written there."""
         if self._frame is None:
-            self._sort(self.room.desk[:nbytes])
+            self._sort(nbytes)
         else:
             self._frame.grown(nbytes)
             if not self._frame.rest:
                 self._end_frame(self._frame)
 
-    def _sort(self, data: memoryview) -> None:
+    def _sort(self, size: int) -> None:
         """Take the beginning of a large message for what it is, and give all else to the parser."""
-        protocol = self.protocol
+        protocol, ahead, self._ahead = self.protocol, self._ahead, None
+        data = (self.room.desk if ahead is None else ahead)[:size]
         between = protocol.state is State.OPEN and not self._pieces and not protocol.reader.buffer
-        if between and len(data) > LONGEST and data[0] == WHOLE and data[1] - MASKED in LENGTHS:
+        if between and size > LONGEST and data[0] == WHOLE and data[1] - MASKED in LENGTHS:
             form = LENGTHS[data[1] - MASKED]
             (length,), begin = form.unpack_from(data, 2), 2 + form.size + 4
-            if len(data) - begin <= length <= self.limit:
-                self._frame = _Large(self.room.memory(length), bytes(data[begin - 4 : begin]), data[begin:])
+            if size - begin <= length <= self.limit:
+                if ahead is None or len(ahead) != begin + length:
+                    ahead = self._memory(begin, length)
+                    ahead[:size] = data
+                self._usual = length if begin == LONGEST else 0
+                self._frame = _Large(ahead, begin, size)
                 if not self._frame.rest:
                     self._end_frame(self._frame)
                 return
         self.data_received(bytes(data))
+
+    def _memory(self, begin: int, length: int) -> memoryview:
+        """For a frame whose message of ``length`` bytes begins at ``begin``: arrays in it lie at multiples of ``ALIGNED``."""
+        return memoryview(self.room.memory(ALIGNED + length))[ALIGNED - begin :]
 
     def _end_frame(self, frame: "_Large") -> None:
         self._frame = None
@@ -257,17 +275,14 @@ class Bounded(ServerConnection, asyncio.BufferedProtocol, Connection):
 
 
 class _Large:
-    """A message on its way into memory of its own. Pages are taken as they are written, so one that is only announced takes none.
+    """A frame on its way into memory of its own. Pages are taken as they are written, so one that is only announced takes none.
 
     Args:
-        memory: uint8 (size of the message,); key: of the mask; begun: what came of it already.
+        memory: as large as the frame; begin: of its message, where the key of the mask ends; come: bytes that are there already.
     """
 
-    def __init__(self, memory: np.ndarray, key: bytes, begun: memoryview) -> None:
-        self._data, self._key = memory, key
-        self.rest = memoryview(self._data)
-        self.rest[: len(begun)] = begun
-        self.grown(len(begun))
+    def __init__(self, memory: memoryview, begin: int, come: int) -> None:
+        self._key, self._message, self.rest = bytes(memory[begin - 4 : begin]), memory[begin:], memory[come:]
 
     def grown(self, size: int) -> None:
         """So much more has come."""
@@ -276,5 +291,5 @@ class _Large:
     def unmasked(self) -> memoryview:
         """The message, once it is all there."""
         if any(self._key):  # our own client has none where nobody on the way could read it
-            mask(self._data, self._key)
-        return memoryview(self._data)
+            mask(np.frombuffer(self._message, np.uint8), self._key)
+        return self._message

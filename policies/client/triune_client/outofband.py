@@ -30,11 +30,35 @@ _SHAPES_BY_SIZE = {shape.size: shape for shape in _SHAPES}
 _KINDS = {name.encode(): dtype for name, dtype in DTYPES.items()}
 _NAMES = {dtype: name for name, dtype in _KINDS.items()}
 _ALIGNED = 16
+_NO_OPENERS = bytes(i for i in range(256) if not (0x80 <= i <= 0x9F or 0xDC <= i <= 0xDF))
+"""Bytes with which no list and no map begins: where there are few others, nothing lies deep."""
 
 
 def is_out_of_band(data: Any) -> bool:
     """Whether a frame has its arrays behind it."""
     return len(data) > 0 and data[0] == FIRST
+
+
+def describe(array: np.ndarray[Any, Any]) -> bytes | None:
+    """Kind and shape of an array as the head has them; None where it has no word for them."""
+    name = _NAMES.get(array.dtype)
+    return None if name is None or array.ndim > DIMENSIONS else _SHAPES[array.ndim].pack(name, *array.shape)
+
+
+def described(form: bytes) -> tuple[np.dtype[Any], list[int]]:
+    """What ``describe`` said.
+
+    Raises:
+        WireError: it cannot have said that.
+    """
+    reader = _SHAPES_BY_SIZE.get(len(form))
+    if reader is None:
+        raise WireError("the shape of an array cannot be read")
+    name, *shape = reader.unpack(form)
+    kind = _KINDS.get(name)
+    if kind is None:
+        raise WireError(f"an array of type {name!r} is not accepted: only bool, integers and floats are")
+    return kind, shape
 
 
 def pack_parts(message: object) -> list[Any]:
@@ -77,11 +101,12 @@ def unpack(data: bytes | memoryview, limits: Limits = DEFAULT) -> Any:
         raise WireError("not a message: its head is not whole")
     if size > limits.items:
         raise WireError(f"the head of a message is {size} bytes long, over the limit of {limits.items}")
-    places = _Places(view, end, limits)
-    message = parse(view[_BEGIN.size : end], limits, ext_hook=places.take, max_ext_len=_SHAPES[-1].size)
+    head, places = bytes(view[_BEGIN.size : end]), _Places(view, end, limits)
+    message = parse(head, limits, places.take, _SHAPES[-1].size)
     if places.at != len(view):
         raise WireError(f"{len(view) - places.at} bytes of a message belong to no array")
-    check_depth(message, limits.depth)
+    if len(head.translate(None, _NO_OPENERS)) > limits.depth:
+        check_depth(message, limits.depth)
     return message
 
 
@@ -99,9 +124,9 @@ class _Behind:
 
     def put(self, thing: object) -> object:
         """What stands in the head for it."""
-        if isinstance(thing, np.ndarray) and thing.dtype in _NAMES and thing.ndim <= DIMENSIONS:
+        if isinstance(thing, np.ndarray) and (form := describe(thing)) is not None:
             self.data.append(np.ascontiguousarray(thing).reshape(-1).view(np.uint8).data)
-            return msgpack.ExtType(_ARRAY, _SHAPES[thing.ndim].pack(_NAMES[thing.dtype], *thing.shape))
+            return msgpack.ExtType(_ARRAY, form)
         if isinstance(thing, EncodedImage) and len(thing.shape) == 3:
             self.data.append(thing.data)
             return msgpack.ExtType(_IMAGE, _PLACE.pack(thing.format.encode(), *thing.shape, len(thing.data)))
@@ -125,24 +150,13 @@ class _Places:
         if self.arrays > self.limits.arrays:
             raise WireError(f"more than {self.limits.arrays} arrays in one message")
         if code == _ARRAY:
-            return self._array(place)
+            kind, shape = described(place)
+            if shape and max(shape) > self.limits.array:
+                raise WireError("the shape of an array holds something that is no length")
+            return np.ndarray(shape, kind, self.view, self._next(math.prod(shape) * kind.itemsize))
         if code == _IMAGE and len(place) == _PLACE.size:
             return self._image(*_PLACE.unpack(place))
         raise WireError(f"msgpack extension {code} is not accepted")
-
-    def _array(self, place: bytes) -> np.ndarray[Any, Any]:
-        form = _SHAPES_BY_SIZE.get(len(place))
-        if form is None:
-            raise WireError("the shape of an array cannot be read")
-        name, *shape = form.unpack(place)
-        kind = _KINDS.get(name)
-        if kind is None:
-            raise WireError(f"an array of type {name!r} is not accepted: only bool, integers and floats are")
-        if shape and max(shape) > self.limits.array:
-            raise WireError("the shape of an array holds something that is no length")
-        begin = self._next(math.prod(shape) * kind.itemsize)
-        made: np.ndarray[Any, Any] = np.ndarray(shape, kind, self.view, begin)
-        return made
 
     def _image(self, form: bytes, height: int, width: int, channels: int, size: int) -> EncodedImage:
         begin = self._next(size)

@@ -109,25 +109,34 @@ def unpack(data: bytes | memoryview, limits: Limits = DEFAULT, also: Callable[[d
     if len(data) > limits.frame:
         raise WireError(f"a message of {len(data)} bytes is over the limit of {limits.frame}")
     reader = _Reader(limits, also)
-    hooks = {"object_pairs_hook": reader.map, "list_hook": reader.sequence, "ext_hook": _no_extension}
-    message = parse(data, limits, max_ext_len=0, **hooks)
+    message = parse(data, limits, _no_extension, 0, object_pairs_hook=reader.map, list_hook=reader.sequence)
     if reader.containers > limits.depth:
         check_depth(message, limits.depth)
     return message
 
 
-def parse(data: bytes | memoryview, limits: Limits, **hooks: Any) -> Any:
+def parse(data: bytes | memoryview, limits: Limits, extension: Callable[[int, bytes], object], longest: int, **hooks: Any) -> Any:
     """What msgpack makes of ``data`` within the limits that it knows itself.
 
     Args:
-        hooks: of its parser, and ``max_ext_len``.
+        extension: makes something of an extension, of ``longest`` bytes at most; hooks: further ones of its parser.
 
     Raises:
         WireError: not msgpack, or beyond one of them.
     """
-    most = {"max_bin_len": limits.array, "max_array_len": limits.length, "max_map_len": limits.length}
     try:
-        return msgpack.unpackb(data, raw=False, strict_map_key=True, max_str_len=limits.text, **most, **hooks)
+        return msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            max_str_len=limits.text,
+            max_bin_len=limits.array,
+            max_array_len=limits.length,
+            max_map_len=limits.length,
+            max_ext_len=longest,
+            ext_hook=extension,
+            **hooks,
+        )
     except WireError:
         raise
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:

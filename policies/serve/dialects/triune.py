@@ -11,11 +11,10 @@ and ``error {id, code, message}`` instead of any of the answers. Arrays stand in
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable
 from typing import Any
 
 import numpy as np
@@ -164,24 +163,24 @@ class Talk:
         except Exception:  # a client that gets no answer waits for ever
             logger.exception("%s got no answer to request %d", self.line.name, number)
             message = _error(number, FAILED)
-        await self._last(self.line.send(message))
+        await self.line.send(message)
 
     def say(self, message: dict[str, Any], behind: bool = False) -> None:
         """Answer."""
         later = self.line.say(message, behind)
         if later is not None:
-            self._start(self._last(later))
+            self._start(later)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.Task(work, loop=asyncio.get_running_loop(), eager_start=True)  # a turn of the loop sooner
-        if not task.done():
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+    def _start(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
 
-    @staticmethod
-    async def _last(sent: Awaitable[None]) -> None:
-        with contextlib.suppress(ConnectionClosed, ConnectionError):  # the client left before its answer
-            await sent
+    def _ended(self, task: asyncio.Future[None]) -> None:
+        self.tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, ConnectionClosed | ConnectionError):  # the client left before its answer
+            logger.error("%s got no answer", self.line.name, exc_info=error)
 
     def _refuse(self, number: int, refusal: Refusal) -> Awaitable[None] | None:
         self.service.refused(refusal, self.line.name)
