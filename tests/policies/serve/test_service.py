@@ -39,6 +39,20 @@ def asking(session: str, seed: int = 0, instruction: str = "lift") -> Request:
     return Request(session, Observation(**seen(seed, instruction, size=32)))
 
 
+def test_what_is_asked_after_a_reset_is_asked_in_its_episode_also_where_nobody_waits() -> None:
+    async def work(service: Service) -> None:
+        begun = [service.reset("a", 7), service.reset("a", 8)]
+        request = asking("a")
+        reply = await service.plan(request)
+        np.testing.assert_array_equal(reply.actions, expected(8, 0, request.observation.state, request.observation.images))
+        ended = service.close("a")
+        with pytest.raises(Refusal, match="has not begun"):
+            await service.plan(request)
+        await asyncio.gather(*begun, ended, service.close("a"))
+
+    with_service(work, size=32)
+
+
 def test_a_session_gets_the_actions_of_its_seed_step_and_observation() -> None:
     async def work(service: Service) -> None:
         await service.reset("a", 7)

@@ -6,10 +6,12 @@ import random
 import struct
 import subprocess
 import sys
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from triune_client.websocket import header
 from websockets.asyncio.server import serve
@@ -19,7 +21,7 @@ from websockets.uri import parse_uri
 
 import triune
 from triune.policies.serve.security import DESK, Room
-from triune.policies.serve.websocket import WAITING, Bounded
+from triune.policies.serve.websocket import ALIGNED, WAITING, Bounded
 
 SIZES = (0, 1, 125, 126, 127, 300, DESK - 20, DESK - 14, DESK, DESK + 1, 65535, 65536, 200_000)
 LIMIT = 1 << 19
@@ -132,6 +134,41 @@ def test_who_sends_faster_than_is_heard_is_read_no_further(size: int) -> None:
     waited: list[int] = []
     assert [message[0] for message in asyncio.run(talk(work, 0.01, waited))] == list(range(60))
     assert WAITING <= max(waited) <= (WAITING if size > DESK else DESK // size)
+
+
+def test_messages_as_large_as_the_last_are_read_into_where_they_stay() -> None:
+    size, large, small = 100_000, asyncio.Event(), asyncio.Event()
+    taken, begins, held = list[weakref.ref[np.ndarray]](), list[int](), list[int]()
+
+    def memory(size: int) -> np.ndarray:
+        block = np.empty(size, np.uint8)
+        taken.append(weakref.ref(block))
+        return block
+
+    async def listens(connection: Any) -> None:
+        connection.room.memory = memory
+        async for message in connection:
+            if len(message) == size:
+                begins.append(np.frombuffer(message, np.uint8).ctypes.data - message.obj.ctypes.data)
+                held.append(message[0])
+                del message
+                large.set()
+            else:
+                small.set()
+
+    async def work(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for i in range(4):
+            writer.write(frame(bytes([i]) * size, b"mask"))
+            await asyncio.wait_for(large.wait(), 5)
+            large.clear()
+        assert len(taken) == 4, "a message was copied"
+        writer.write(frame(b"small", b"mask"))
+        await asyncio.wait_for(small.wait(), 5)
+        assert len(taken) == 5 and not any(block() is not None for block in taken), "memory is held for a message that may never come"
+        writer.write(frame(struct.pack("!H", 1000), bytes(4), Opcode.CLOSE))
+
+    asyncio.run(talk(work, listens=listens))
+    assert held == [0, 1, 2, 3] and set(begins) == {ALIGNED}
 
 
 @pytest.mark.parametrize("size", [LIMIT + 1, 1 << 40])
