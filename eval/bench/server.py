@@ -7,6 +7,7 @@ asked in turns, so that what slows the machine for a while slows all of them.
 import asyncio
 import contextlib
 import json
+import random
 import socket
 import statistics
 import subprocess
@@ -261,13 +262,18 @@ def paced(work: Timed) -> Timed:
 
 
 def in_rounds(works: list[Timed], rounds: int = ROUNDS, each: int = EACH) -> list[list[float]]:
-    """Seconds of each of ``works``, asked in turns of ``each`` calls; a first round is not counted."""
+    """Seconds of each of ``works``, asked in turns of ``each`` calls; a first round is not counted.
+
+    The order is another in each round: what ran before changes where the system places two processes, by which an echo takes half or twice
+    as long.
+    """
     times: list[list[float]] = [[] for _ in works]
+    rng = random.Random(0)
     for i in range(rounds + 1):
-        for work, spent in zip(works, times, strict=True):
-            seconds = work(each)
+        for k in rng.sample(range(len(works)), len(works)):
+            seconds = works[k](each)
             if i:
-                spent += seconds
+                times[k] += seconds
     return times
 
 

@@ -116,6 +116,22 @@ asyncio.run(main())
 """
 
 
+def test_turns_come_in_another_order_each_round_and_the_first_round_does_not_count() -> None:
+    asked: list[int] = []
+
+    def work(k: int) -> server.Timed:
+        def calls(times: int) -> list[float]:
+            asked.append(k)
+            return [float(len(asked) > 3)] * times
+
+        return calls
+
+    times = server.in_rounds([work(k) for k in range(3)], rounds=6, each=2)
+    rounds = [tuple(asked[i : i + 3]) for i in range(0, len(asked), 3)]
+    assert times == [[1.0] * 12] * 3
+    assert len(rounds) == 7 and all(sorted(order) == [0, 1, 2] for order in rounds) and len(set(rounds)) > 2
+
+
 def test_the_server_is_measured_beside_its_limits_and_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "in_rounds", partial(server.in_rounds, rounds=1, each=3))
     peer = tmp_path / "peer.py"

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,12 @@ def test_a_block_is_taken_for_as_long_as_anything_reads_in_it() -> None:
     assert place == 0 and taken(arena, 1000)[0] == 1024, "a view of a view does not hold its block"
     del view
     assert taken(arena, 1000)[0] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no memory without a file")
+def test_the_memory_needs_no_room_in_a_file_system() -> None:
+    arena = Arena.new(1 << 14)
+    assert os.fstat(arena.fd).st_dev != os.stat("/dev/shm").st_dev
 
 
 def test_the_lowest_gap_that_is_large_enough_is_taken() -> None:
