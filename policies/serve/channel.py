@@ -39,7 +39,7 @@ class Arena:
 
     @classmethod
     def new(cls, size: int) -> "Arena":
-        """Memory that no file system has to have room for: who writes into a full one is killed, and ``/dev/shm`` of a container has 64 MiB."""
+        """Memory that needs no room in a file system: who writes into a full one is killed, and a container's ``/dev/shm`` has 64 MiB."""
         if sys.platform == "linux":
             fd = os.memfd_create("triune")
         else:
