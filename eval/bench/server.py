@@ -264,8 +264,7 @@ def paced(work: Timed) -> Timed:
 def in_rounds(works: list[Timed], rounds: int = ROUNDS, each: int = EACH) -> list[list[float]]:
     """Seconds of each of ``works``, asked in turns of ``each`` calls; a first round is not counted.
 
-    The order is another in each round: what ran before changes where the system places two processes, by which an echo takes half or twice
-    as long.
+    The order is another in each round: what ran before makes an echo take up to half as long again.
     """
     times: list[list[float]] = [[] for _ in works]
     rng = random.Random(0)
